@@ -1,0 +1,493 @@
+"""One adapter, one file: safetensors, with a JSON manifest in its metadata. docs/files.md specifies it.
+
+* Written to a temporary sibling, synced, renamed, and the folder synced: a crash leaves the old file or the new one.
+* Read strictly in both directions, against digests, without pickle, and without importing anything that a file names.
+* Whatever is wrong with a file, the model is left as it was.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from peftkit import plugins
+from peftkit.adapter import Activation, Adapter, Site
+from peftkit.errors import (
+    BaseMismatchError,
+    FieldError,
+    FileError,
+    FormatError,
+    MethodError,
+    StateError,
+    UnsupportedLayerError,
+    did_you_mean,
+)
+from peftkit.install import build, check_name, install
+from peftkit.installed import Placement, atomically, inner, installed, record
+from peftkit.method import Method
+from peftkit.plan import find_model_roles, module_site, modules_of, site_of
+from peftkit.swap import base_class, raw_parameter
+
+FORMAT = 1
+"""Version of the file format; a reader refuses a later one."""
+
+MAX_HEADER = 100_000_000
+"""The longest header that is read, in bytes: safetensors' own limit."""
+
+_SAMPLES = 8
+"""How many values of each base weight a file remembers, to tell one base from another of the same shapes."""
+
+
+# ------------------------------------------------------------------------------------------- state dicts
+
+
+def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
+    """One adapter's tensors, and nothing of the base: `<layer>.<weight>.<parameter>`, detached, not copied.
+
+    A weight that is trained in place stands under its own name, `<layer>.<weight>`.
+
+    >>> import torch, peftkit
+    >>> model = peftkit.wrap(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)), "lora")
+    >>> {key: tuple(value.shape) for key, value in peftkit.state_dict(model).items()}
+    {'0.weight.down': (8, 8), '0.weight.up': (8, 8)}
+    """
+    return {key: tensor.detach() for placement in _placements(model, name) for key, tensor in placement.tensors()}
+
+
+def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str | None = None) -> None:
+    """Copy tensors into an adapter that is installed: every one of its own, no other, each of the right shape.
+
+    Raises `FormatError` for a missing or unexpected key or another shape, and then changes nothing.
+
+    >>> import torch, peftkit
+    >>> model = peftkit.wrap(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)), "lora")
+    >>> state = {key: torch.ones_like(value) for key, value in peftkit.state_dict(model).items()}
+    >>> peftkit.load_state_dict(model, state)
+    >>> bool((model[0].adapters["default"]["weight"].up == 1).all())
+    True
+    """
+    own = state_dict(model, name)
+    _match_keys(own, state)
+    for key, tensor in own.items():
+        if tensor.shape != state[key].shape:
+            raise FormatError(f"{key} must have shape {list(tensor.shape)}, got {list(state[key].shape)}")
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(state[key])
+
+
+def _placements(model: nn.Module, name: str | None) -> tuple[Placement, ...]:
+    return installed(model).placements(_only_name(model) if name is None else name)
+
+
+def _only_name(model: nn.Module) -> str:
+    names = list(installed(model).adapters)
+    if len(names) > 1:
+        raise StateError(f"this model has several adapters ({', '.join(names)}); say which one by name=")
+    return names[0]
+
+
+def _match_keys(own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    missing = [key for key in own if key not in given]
+    if missing:
+        raise FormatError(f"{len(missing)} tensors are missing, the first is {missing[0]!r}{did_you_mean(missing[0], given)}")
+    unexpected = [key for key in given if key not in own]
+    if unexpected:
+        raise FormatError(f"{len(unexpected)} tensors fit nowhere, the first is {unexpected[0]!r}{did_you_mean(unexpected[0], own)}")
+
+
+# ------------------------------------------------------------------------------------------------- save
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, format: str = "peftkit") -> None:  # noqa: A002
+    """Write one adapter to one file, from which `load` restores it onto a fresh copy of the base.
+
+    The file holds the adapter's tensors, the method with its fields for every site, the sites' resolved paths, a fingerprint of the
+    base, and a digest of everything. The same adapter gives the same bytes.
+
+    >>> import tempfile, torch, peftkit
+    >>> model = peftkit.wrap(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)), "lora")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     peftkit.save(model, f"{folder}/adapter.safetensors")
+    ...     fresh = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    ...     fresh = peftkit.load(fresh, f"{folder}/adapter.safetensors", check_base=False)
+    """
+    if format != "peftkit":
+        raise FileError(f"no format called {format!r} is known; this version writes 'peftkit'")
+    name = _only_name(model) if name is None else name
+    placements = installed(model).placements(name)
+    if not placements:
+        raise FileError(f"adapter {name!r} holds nothing: every weight that it covers is frozen")
+    tensors = {key: tensor.detach() for placement in placements for key, tensor in placement.tensors()}
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise FileError(f"{key} is on the meta device and has no values; give the model real weights first")
+    held = {key: tensor.to("cpu").contiguous() for key, tensor in sorted(tensors.items())}
+    manifest = _manifest(name, placements, held, _originals(model))
+    # One metadata key: the library writes several in an order that differs from run to run.
+    sealed = json.dumps({"manifest": manifest, "sha256": _digest(_canonical(manifest))}, ensure_ascii=False)
+    _write(Path(path), safetensors.torch.save(_unshared(held), {"peftkit": sealed}))
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of which no two share memory, as safetensors demands."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        result[key] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    return result
+
+
+def _originals(model: nn.Module) -> dict[tuple[int, str], Tensor]:
+    """Where adapters are merged, the base weights that they replaced."""
+    return {(id(layer), weight): original for layer, weight, original in installed(model).stash}
+
+
+def _manifest(
+    name: str,
+    placements: tuple[Placement, ...],
+    tensors: Mapping[str, Tensor],
+    originals: Mapping[tuple[int, str], Tensor],
+) -> dict[str, Any]:
+    methods = list(dict.fromkeys(placement.method for placement in placements))
+    packages = {info.name: info for info in plugins.methods()}
+    sites = []
+    for placement in placements:
+        raw = originals.get((id(placement.layer), placement.weight))
+        sites.append(
+            {
+                "path": placement.path,
+                "weight": placement.weight,
+                "method": methods.index(placement.method),
+                "in_place": placement.adapter is None,
+                **_base_facts(placement.layer, placement.weight, raw, in_place=placement.adapter is None),
+            }
+        )
+    return {
+        "format": FORMAT,
+        "name": name,
+        "methods": [
+            {
+                "name": method.name,
+                "fields": method.fields(),
+                "package": packages[method.name].package if method.name in packages else "",
+                "version": packages[method.name].version if method.name in packages else "",
+            }
+            for method in methods
+        ],
+        "sites": sites,
+        "fingerprint": _fingerprint(sites),
+        "tensors": {key: _tensor_digest(tensor) for key, tensor in tensors.items()},
+    }
+
+
+def _base_facts(layer: nn.Module, weight: str, raw: Tensor | None = None, *, in_place: bool) -> dict[str, Any]:
+    """What a file remembers of the base at one site: its type, its shape, and a few of its values."""
+    if weight == "module":
+        return {"layer": base_class(layer).__qualname__, "shape": [], "sample": None}
+    raw = raw_parameter(layer, weight) if raw is None else raw
+    return {
+        "layer": base_class(layer).__qualname__,
+        "shape": list(raw.shape),
+        "sample": None if in_place or raw.is_meta else _sample(raw),
+    }
+
+
+def _sample(raw: Tensor) -> str:
+    """A few values, evenly spread, as bfloat16 in hexadecimal: the same for a base in float32 and in bfloat16."""
+    if raw.numel() == 0:
+        return ""
+    places = torch.linspace(0, raw.numel() - 1, _SAMPLES, dtype=torch.float64, device="cpu").long()
+    values = raw.detach()[torch.unravel_index(places.to(raw.device), raw.shape)] if raw.dim() else raw.detach().repeat(_SAMPLES)
+    sample = values.to(device="cpu", dtype=torch.bfloat16).contiguous()
+    return ctypes.string_at(sample.data_ptr(), 2 * _SAMPLES).hex()
+
+
+def _fingerprint(sites: list[dict[str, Any]]) -> str:
+    """Identifies the structure that the adapter stands on: the digest of every site's path, layer type and shape."""
+    return _digest(_canonical(sorted([s["path"], s["weight"], s["layer"], s["shape"]] for s in sites)))
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    """The digest of a contiguous CPU tensor's dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
+    if tensor.numel():
+        digest.update((ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr()))
+    return digest.hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Replace `path` by a file with this content, or leave it: never a mixture, also when the machine stops."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:  # noqa: PTH123 - mode "x": the umask sets the file's mode
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)  # noqa: PTH105
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable, where the system lets a folder be opened (Windows does not)."""
+    with contextlib.suppress(PermissionError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------------- load
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Read:
+    manifest: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    trainable: bool = False,
+    check_base: bool = True,
+) -> nn.Module:
+    """Install the adapter of a file on a model: its exact values, at the exact places, or not at all.
+
+    It runs at once if no other adapter does; otherwise `activate` it. Weights that were saved as trained in place are
+    written into the base.
+
+    Args:
+        model: a fresh copy of the base, or one that has other adapters already.
+        path: the file.
+        name: the adapter's name; by default the one that it was saved under.
+        trainable: whether it can be trained further.
+        check_base: compare a few values of every adapted base weight with those that the file remembers.
+
+    Raises `FormatError` for a file that is truncated or altered, `BaseMismatchError` for another base, `MethodError` for a method
+    that is not installed.
+    """
+    read = _read(Path(path))
+    manifest = read.manifest
+    name = manifest["name"] if name is None else name
+    check_name(model, name)
+    sites = _resolve(model, manifest, check_base=check_base)
+    built = _rebuild(path, sites, read.tensors)
+    known = record(model)
+    active = known.active if known and known.active else (name,)
+    in_place = [(site, read.tensors[site.name]) for site, _, adapter in built if adapter is None]
+    if in_place and name not in active:
+        raise StateError(
+            f"{in_place[0][0].name} was saved as trained in place, which cannot be loaded beside active adapters; "
+            "call peftkit.activate(model) first, or save it with Full(keep_base=True)"
+        )
+    roles = known.roles if known else find_model_roles(model)
+    values = [(site.layer._parameters[site.weight], tensor) for site, tensor in in_place]
+
+    def change() -> nn.Module:
+        install(model, name, built, roles, active, trainable=trainable)
+        with torch.no_grad():
+            for parameter, tensor in values:
+                parameter.copy_(tensor)  # type: ignore[union-attr]
+        return model
+
+    return atomically(inner(model), [site.layer for site, _, _ in built], change)
+
+
+def _read(path: Path) -> _Read:
+    """The manifest and tensors of a file, checked against each other and against every digest."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:  # noqa: PTH123
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            if not 2 <= length <= min(size - 8, MAX_HEADER):
+                raise FormatError(f"{path} is no adapter file, or it is truncated: {size} bytes, whose header claims {length}")
+            data = start + file.read()
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        header = json.loads(data[8 : 8 + length])
+        sealed = json.loads(header["__metadata__"]["peftkit"])
+        manifest, seal = sealed["manifest"], sealed["sha256"]
+        tensors = safetensors.torch.load(data)
+    except (ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
+        raise FormatError(f"{path} is no adapter file, or it is damaged: {type(error).__name__}: {error}") from error
+    _check_manifest(path, manifest, seal)
+    if set(tensors) != set(manifest["tensors"]):
+        raise FormatError(f"{path} is damaged: its tensors are not those of its manifest")
+    for key, tensor in tensors.items():
+        if _tensor_digest(tensor) != manifest["tensors"][key]:
+            raise FormatError(f"{path} is damaged: {key} is not what was saved")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise FormatError(f"{path}: {key} holds values that are not finite")
+    return _Read(manifest, tensors)
+
+
+def _check_manifest(path: Path, manifest: Any, seal: Any) -> None:
+    """Refuse a manifest that was altered, comes from a later version, or is not made as this version makes it."""
+    if not isinstance(manifest, dict) or _digest(_canonical(manifest)) != seal:
+        raise FormatError(f"{path} is damaged: its manifest is not what was saved")
+    version = manifest.get("format")
+    if version != FORMAT:
+        raise FormatError(f"{path} has format {version!r}, this version of peftkit reads format {FORMAT}; install a later one")
+    try:
+        methods, sites = manifest["methods"], manifest["sites"]
+        sound = (
+            isinstance(manifest["name"], str)
+            and all(isinstance(m["name"], str) and isinstance(m["fields"], dict) for m in methods)
+            and all(
+                isinstance(s["path"], str)
+                and isinstance(s["weight"], str)
+                and isinstance(s["in_place"], bool)
+                and type(s["method"]) is int
+                and 0 <= s["method"] < len(methods)
+                and isinstance(s["layer"], str)
+                and all(type(n) is int and n >= 0 for n in s["shape"])
+                and (s["sample"] is None or isinstance(bytes.fromhex(s["sample"]), bytes))
+                for s in sites
+            )
+            and all(isinstance(d, str) for d in manifest["tensors"].values())
+            and len({(s["path"], s["weight"]) for s in sites}) == len(sites) > 0
+            and manifest["fingerprint"] == _fingerprint(sites)
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"{path}: its manifest lacks something, or has it of a wrong type: {error!r}") from error
+    if not sound:
+        raise FormatError(f"{path}: its manifest contradicts itself")
+
+
+def _resolve(model: nn.Module, manifest: dict[str, Any], *, check_base: bool) -> list[tuple[Site, Method, bool]]:
+    """The sites of a manifest in this model, each with its method and whether it is trained in place."""
+    methods = [_method(entry) for entry in manifest["methods"]]
+    modules = modules_of(inner(model))
+    found = []
+    for entry in manifest["sites"]:
+        path, weight = entry["path"], entry["weight"]
+        layer = modules.get(path)
+        if layer is None:
+            raise BaseMismatchError(f"this model has no layer {path!r}, which the file adapts{did_you_mean(path, modules)}")
+        name = f"{path}.{weight}" if path else weight
+        try:
+            here = _base_facts(layer, weight, in_place=entry["in_place"])
+            site = module_site(path, layer) if weight == "module" else site_of(path, layer, weight)
+        except (AttributeError, UnsupportedLayerError) as error:
+            raise BaseMismatchError(f"the file adapts {name}, which this model does not have so: {error}") from error
+        if here["shape"] != entry["shape"] or (weight == "module" and here["layer"] != entry["layer"]):
+            raise BaseMismatchError(
+                f"the file was made for another base: {name} is {here['layer']} {here['shape']} here, "
+                f"{entry['layer']} {entry['shape']} in the file"
+            )
+        if check_base and not _same_sample(entry["sample"], here["sample"]):
+            raise BaseMismatchError(
+                f"the file was made for another base: {name} has the same shape but other values; "
+                "if that is intended, load with check_base=False"
+            )
+        found.append((site, methods[entry["method"]], entry["in_place"]))
+    return found
+
+
+def _method(entry: dict[str, Any]) -> Method:
+    """The method of a manifest's entry, among those installed: nothing is imported from what a file says."""
+    try:
+        return plugins.method(entry["name"]).from_fields(entry["fields"])
+    except FieldError as error:
+        raise FormatError(f"the file's method cannot be made by what is installed: {error}") from error
+    except MethodError as error:
+        package = entry.get("package")
+        hint = f"; the file was written with {package} {entry.get('version')}, install it" if package else ""
+        raise type(error)(f"{error}{hint}") from error
+
+
+def _same_sample(saved: str | None, here: str | None) -> bool:
+    """Whether two samples of a base weight agree, up to the rounding of half precision."""
+    if saved is None or here is None or saved == here:
+        return True
+    if len(saved) != len(here):
+        return False
+    a, b = (torch.frombuffer(bytearray.fromhex(text), dtype=torch.bfloat16).float() for text in (saved, here))
+    return bool(torch.allclose(a, b, rtol=2**-6, atol=1e-7))
+
+
+def _rebuild(
+    path: str | os.PathLike[str], sites: list[tuple[Site, Method, bool]], tensors: Mapping[str, Tensor]
+) -> list[tuple[Site, Method, Adapter | Activation | None]]:
+    """The adapters of a file: made on the meta device, so that no initialisation is computed, then given their tensors."""
+    built: list[tuple[Site, Method, Adapter | Activation | None]] = []
+    expected: set[str] = set()
+    for site, method, in_place in sites:
+        rehearsal = site.on_meta()
+        adapter = build(rehearsal, method)
+        if rehearsal.unfrozen != in_place or (adapter is None) != in_place:
+            raise FormatError(f"{path}: {site.name} is {'' if in_place else 'not '}trained in place, which {method} contradicts")
+        if adapter is None:
+            site.unfreeze()
+            _fit(path, site.name, site.layer._parameters[site.weight], tensors)  # type: ignore[arg-type]
+            expected.add(site.name)
+        else:
+            for key, own in adapter.state_dict(keep_vars=True).items():
+                tensor = _fit(path, f"{site.name}.{key}", own, tensors).to(site.device)
+                expected.add(f"{site.name}.{key}")
+                _assign(adapter, key, own, tensor)
+            _refuse_left_on_meta(adapter, site)
+        built.append((site, method, adapter))
+    unexpected = sorted(set(tensors) - expected)
+    if unexpected:
+        raise FormatError(f"{path} holds {unexpected[0]!r}, which no site of it has a place for")
+    return built
+
+
+def _fit(path: str | os.PathLike[str], key: str, own: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    tensor = tensors.get(key)
+    if tensor is None:
+        raise FormatError(f"{path} lacks {key!r}")
+    if tensor.shape != own.shape or tensor.dtype.is_floating_point != own.dtype.is_floating_point:
+        raise FormatError(f"{path}: {key} is {tensor.dtype} {list(tensor.shape)}, where {own.dtype} {list(own.shape)} is due")
+    return tensor
+
+
+def _assign(adapter: nn.Module, key: str, own: Tensor, tensor: Tensor) -> None:
+    owner, _, attribute = key.rpartition(".")
+    module = adapter.get_submodule(owner)
+    if isinstance(own, nn.Parameter):
+        module._parameters[attribute] = nn.Parameter(tensor, requires_grad=own.requires_grad)
+    else:
+        module._buffers[attribute] = tensor
+
+
+def _refuse_left_on_meta(adapter: nn.Module, site: Site) -> None:
+    if site.device.type == "meta":
+        return
+    for name, tensor in (*adapter.named_parameters(), *adapter.named_buffers()):
+        if tensor.is_meta:
+            raise FormatError(f"{site.name}: the adapter's {name!r} is not part of what it saves; register it as a persistent buffer")

@@ -1,0 +1,40 @@
+"""The hooks through which a package says what it offers. Hooks say what exists; classes say how it works.
+
+A hook is for ever, so there are as few as can be. None is ever called from a `forward`.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from peftkit.layers.kind import LayerKind
+    from peftkit.method import Method
+
+hookspec = pluggy.HookspecMarker("peftkit")
+
+hookimpl = pluggy.HookimplMarker("peftkit")
+"""Marks a function of a plugin as the implementation of one of the hooks below."""
+
+
+@hookspec
+def peftkit_methods() -> Iterable[type["Method"]]:  # type: ignore[empty-body]
+    """The methods that this plugin offers.
+
+    >>> import peftkit
+    >>> @peftkit.hookimpl
+    ... def peftkit_methods():
+    ...     return [MyMethod]
+    """
+
+
+@hookspec
+def peftkit_layers() -> Iterable[type["LayerKind"]]:  # type: ignore[empty-body]
+    """The layer kinds that this plugin offers.
+
+    >>> import peftkit
+    >>> @peftkit.hookimpl
+    ... def peftkit_layers():
+    ...     return [MyLinear4bit]
+    """

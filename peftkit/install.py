@@ -1,0 +1,307 @@
+"""Puts adapters on a model, and takes them off, so that it happens whole or not at all.
+
+Everything that can fail is done first, on the side: the plan, then every adapter. Only then is the model changed, and
+if that is cut short, it is put back as it was.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftkit import plugins
+from peftkit.adapter import Activation, Adapter, Site
+from peftkit.errors import StateError, UnsupportedLayerError
+from peftkit.installed import (
+    Adapters,
+    Installed,
+    Placement,
+    atomically,
+    inner,
+    installed,
+    record,
+    unmerged,
+    write_record,
+)
+from peftkit.method import Method
+from peftkit.plan import Rules, kind_for, modules_of, plan
+from peftkit.readers import find_readers
+from peftkit.selectors import Selector
+from peftkit.swap import Adapted, base_class, is_swapped, set_running, swap, unswap
+
+
+def wrap(
+    model: nn.Module,
+    method: str | Method | Rules = "lora",
+    *,
+    targets: Selector | Sequence[Selector] | None = None,
+    exclude: Selector | Sequence[Selector] | None = None,
+    name: str = "default",
+    **hyperparameters: Any,
+) -> nn.Module:
+    """Adapt a model in place, ready to train: the same object comes back.
+
+    What no rule matches is frozen. The new adapter is trainable, and runs from now on, besides those that already do;
+    the model's output does not change by it (for methods that start as the identity, bit for bit).
+
+    Args:
+        model: any `nn.Module`.
+        method: a method's name, a `Method`, or an ordered mapping selector → method, of which the first match wins.
+        targets: which layers, for a single method; its own default otherwise (for LoRA, every linear layer but the head).
+        exclude: which layers to leave alone after all.
+        name: the adapter's name. Wrap again under another name to add an adapter.
+        **hyperparameters: fields of the method, when it is given by name.
+
+    Raises `SelectorError`, `UnsupportedLayerError`, `MethodError` or `StateError`, and then leaves the model as it was.
+
+    >>> import torch, peftkit
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> model = peftkit.wrap(model, {"0": peftkit.LoRA(rank=4), "2": "full"})
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['0.adapters.default.weight.down', '0.adapters.default.weight.up', '2.weight', '2.bias']
+    """
+    check_name(model, name)
+    planned = plan(model, method, targets=targets, exclude=exclude, **hyperparameters)
+    built = [(site, made, build(site, made)) for site, made in planned.steps]
+    known = record(model)
+    active = (*known.active, name) if known else (name,)
+    return install(model, name, built, planned.roles, active)
+
+
+def build(site: Site, method: Method) -> Adapter | Activation | None:
+    """One method's adapter for one site, in the layer's train or eval mode. On the meta device nothing is computed."""
+    if site.device.type == "meta":
+        with torch.device("meta"):
+            adapter = method.adapter(site)
+    else:
+        adapter = method.adapter(site)
+    if adapter is None:
+        return None
+    wanted = Activation if method.scope == "modules" else Adapter
+    if not isinstance(adapter, wanted):
+        raise UnsupportedLayerError(
+            f"{method.name}.adapter() must return a peftkit.{wanted.__name__} or None, got {type(adapter).__name__}"
+        )
+    return adapter.train(site.layer.training)
+
+
+def install(
+    model: nn.Module,
+    name: str,
+    built: Sequence[tuple[Site, Method, Adapter | Activation | None]],
+    roles: Any,
+    active: tuple[str, ...],
+    *,
+    trainable: bool = True,
+) -> nn.Module:
+    """Put built adapters on the model under `name`, atomically, and make `active` what runs."""
+    placements = tuple(_placement(site, method, adapter) for site, method, adapter in built if adapter or site.unfrozen)
+    known = record(model)
+    _refuse_shared_in_place(known, placements)
+    root = inner(model)
+    layers = {id(p.layer): p.layer for p in placements}
+    others = {} if known is None else known.adapters
+    readers = _readers(root, [p for all_ in (*others.values(), placements) for p in all_ if p.adapter])
+
+    def change() -> nn.Module:
+        flags = known.flags if known else {path: p.requires_grad for path, p in root.named_parameters()}
+        if known is None:
+            for p in root.parameters():
+                p.requires_grad_(False)
+        for placement in placements:
+            _place(name, placement)
+            for _, p in placement.trained():
+                p.requires_grad_(trainable)
+        for reader, reads in readers:
+            _swap_for(reader, reads=reads)
+        for layer in layers.values():
+            if is_swapped(layer):
+                set_running(layer, active)
+        adapters = {**others, name: placements}
+        swapped_readers = tuple(reader for reader, _ in readers)
+        new = Installed(adapters, active, flags, dict(roles), readers=swapped_readers)
+        write_record(root, new)
+        return model
+
+    return atomically(root, [*layers.values(), *(reader for reader, _ in readers)], change)
+
+
+def unwrap(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Remove one adapter, or all; with the last one gone the model is bit for bit the one that was wrapped.
+
+    Classes, keys, values, `requires_grad` and hooks are restored. Weights that were trained in place (`full` without
+    `keep_base`) have no old value to go back to: then `StateError` says what to do instead.
+
+    >>> import torch, peftkit
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    >>> before = list(model.state_dict())
+    >>> model = peftkit.unwrap(peftkit.wrap(model, "lora"))
+    >>> list(model.state_dict()) == before, type(model[0]).__name__
+    (True, 'Linear')
+    """
+
+
+    known = unmerged(model, "unwrap")
+    names = list(known.adapters) if name is None else [name]
+    for each in names:
+        for placement in known.placements(each):
+            if placement.adapter is None and placement.in_place()._version != placement.version:
+                raise StateError(
+                    f"{placement.name} was trained in place by adapter {each!r} and its old values were not kept; to keep what "
+                    "was learned call peftkit.merge(model, keep_base=False), and to be able to go back use Full(keep_base=True)"
+                )
+    return remove(model, names)
+
+
+def remove(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """Take adapters off the model, atomically; with the last one gone, everything that wrapping added."""
+
+
+    known = installed(model)
+    root = inner(model)
+    gone = set(names)
+    left = {name: placements for name, placements in known.adapters.items() if name not in gone}
+    layers = known.layers(known.adapters)
+    active = tuple(name for name in known.active if name in left)
+    readers = _readers(root, [p for placements in left.values() for p in placements if p.adapter])
+
+    def change() -> nn.Module:
+        for placement in (p for name in gone for p in known.adapters[name] if p.adapter is None):
+            placement.in_place().requires_grad_(False)
+        for layer in layers:
+            _remove_from(layer, gone, active)
+        reading = {id(reader) for reader, _ in readers}
+        for reader in known.readers:
+            if id(reader) not in reading:
+                _swap_for(reader, reads=())
+        for reader, reads in readers:
+            _swap_for(reader, reads=reads)
+        if left:
+            swapped_readers = tuple(reader for reader, _ in readers)
+            merged = tuple(name for name in known.merged if name in left)
+            new = dataclasses.replace(known, adapters=left, active=active, merged=merged, readers=swapped_readers)
+            write_record(root, new)
+            return model
+        write_record(root, None)
+        for path, p in root.named_parameters():
+            p.requires_grad_(known.flags.get(path, p.requires_grad))
+        return model
+
+    return atomically(root, [*layers, *known.readers, *(reader for reader, _ in readers)], change)
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Refuse an adapter's name that is taken or that `nn.ModuleDict` cannot hold, and a model that cannot be wrapped now."""
+    if not isinstance(name, str) or not name or "." in name or not name.isprintable() or len(name) > 128:
+        raise StateError(f"an adapter's name is a short text without dots, got {name!r}")
+    if hasattr(nn.ModuleDict, name) or name in ("training", "shared"):
+        raise StateError(f"{name!r} cannot name an adapter, because a torch module has an attribute of that name; choose another")
+    known = record(model)
+    if known is None:
+        below = next((path for path, m in inner(model).named_modules() if record(m) is not None), None)
+        if below is not None:
+            raise StateError(f"the submodule {below!r} is wrapped already; wrap that one again, or unwrap it first")
+        return
+    if known.merged:
+        raise StateError(f"cannot add an adapter while {', '.join(map(repr, known.merged))} is merged; call peftkit.unmerge first")
+    if name in known.adapters:
+        raise StateError(
+            f"the model has an adapter called {name!r} already; give another name=, or call peftkit.unwrap(model, {name!r}) first"
+        )
+
+
+# --------------------------------------------------------------------------------------- one layer at a time
+
+
+def _placement(site: Site, method: Method, adapter: Adapter | Activation | None) -> Placement:
+    learns = frozenset(n for n, p in adapter.named_parameters() if p.requires_grad) if adapter is not None else frozenset()
+    version = site.layer._parameters[site.weight]._version if adapter is None else 0  # type: ignore[union-attr]
+    return Placement(site.path, site.weight, site.layer, method, adapter, learns, version)
+
+
+def _place(name: str, placement: Placement) -> None:
+    """Register one adapter with its layer, and give the layer a class that runs it."""
+    if placement.adapter is None:
+        return
+    layer = placement.layer
+    container = layer._modules.get("adapters")
+    if container is None:
+        container = layer._modules["adapters"] = Adapters().train(layer.training)
+    group = container._modules.get(name)
+    if group is None:
+        group = container._modules[name] = nn.ModuleDict().train(layer.training)
+    group._modules[placement.weight] = placement.adapter
+    _swap_for(layer, weight=placement.weight)
+
+
+def _swap_for(layer: nn.Module, *, weight: str | None = None, reads: tuple[nn.Module, ...] | None = None) -> None:
+    """Swap the layer's class so that it can also adapt `weight`, or read the weights of `reads`; or swap it back."""
+    own: Adapted | None = layer.__dict__.get("_peftkit_layer")
+    if own is None:
+        found = plugins.kind_of(type(layer))
+        fusable = found is not None and type(layer).forward is found[1].forward
+        own = Adapted(type(layer), found[0] if found else None, fusable, {}, {})
+    kinds, bias_of = dict(own.kinds), dict(own.bias_of)
+    if weight is not None and weight != "module":
+        kinds[weight] = kind_for(layer, weight)
+        bias = own.kind.weights(layer)[weight] if own.kind is kinds[weight] and own.kind else None
+        if bias is not None:
+            bias_of[bias] = weight
+            kinds.setdefault(bias, plugins.parameter_kind)
+    new = dataclasses.replace(own, kinds=kinds, bias_of=bias_of, reads=own.reads if reads is None else reads)
+    if not new.reads and "adapters" not in layer._modules:
+        if is_swapped(layer):
+            unswap(layer)
+        return
+    swap(layer, new)
+
+
+def _remove_from(layer: nn.Module, names: set[str], active: tuple[str, ...]) -> None:
+    container = layer._modules.get("adapters")
+    if not isinstance(container, Adapters):
+        return
+    for name in names:
+        container._modules.pop(name, None)
+    if container._modules:
+        set_running(layer, active)
+        return
+    del layer._modules["adapters"]
+    layer.__dict__["_peftkit_running"] = None
+    _swap_for(layer)
+
+
+def _readers(root: nn.Module, placements: Sequence[Placement]) -> list[tuple[nn.Module, tuple[nn.Module, ...]]]:
+    """Modules that read an adapted weight themselves, each with the layers whose weights it reads."""
+    modules = modules_of(root)
+    paths = {id(module): path for path, module in modules.items()}
+    adapted: dict[str, set[str]] = {}
+    for placement in placements:
+        path = paths[id(placement.layer)]
+        found = plugins.kind_of(base_class(placement.layer))
+        bias = found[0].weights(placement.layer).get(placement.weight) if found else None
+        adapted.setdefault(path, set()).update({placement.weight} | ({bias} if bias else set()))
+    readers = find_readers(modules, {path: frozenset(names) for path, names in adapted.items()}, base_class)
+    return [(modules[path], tuple(modules[child] for child in children)) for path, children in readers.items()]
+
+
+def _refuse_shared_in_place(known: Installed | None, placements: Sequence[Placement]) -> None:
+    """A weight that one adapter trains in place is no base for another."""
+    others = {} if known is None else known.adapters
+    mine = {id(p.in_place()): p for p in placements if p.adapter is None}
+    for name, existing in others.items():
+        taken = {id(p.in_place()): p for p in existing if p.adapter is None}
+        for placement in placements:
+            raw = placement.layer._parameters.get(placement.weight)
+            if id(raw) in taken:
+                raise StateError(
+                    f"{placement.name} is trained in place by adapter {name!r}, so no other adapter can stand on it; "
+                    f"use Full(keep_base=True) for {name!r}"
+                )
+        for placement in existing:
+            raw = placement.layer._parameters.get(placement.weight)
+            if id(raw) in mine:
+                raise StateError(
+                    f"{placement.name} is adapted by {name!r}, so it cannot also be trained in place; use Full(keep_base=True)"
+                )

@@ -1,0 +1,199 @@
+"""What is installed on a model: which adapters, where, and which of them are active, trainable and merged.
+
+One record on the wrapped model knows it all, so that no operation has to walk the model to find its layers. It is
+replaced whole by every operation, never changed in place, and it is copied and pickled with the model.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.adapter import Activation, Adapter
+from peftkit.errors import StateError, UnknownAdapterError, did_you_mean
+from peftkit.method import Method
+
+_INSTALLED = "_peftkit_installed"
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Placement:
+    """One method at one site of the model."""
+
+    path: str
+    weight: str
+    layer: nn.Module
+    method: Method
+    adapter: Adapter | Activation | None
+    """None where the layer's own weight is trained in place."""
+    learns: frozenset[str]
+    """Which of the adapter's parameters the method trains."""
+    version: int = 0
+    """The weight's version counter when it was unfrozen: whether training in place has changed it."""
+
+    @property
+    def name(self) -> str:
+        """Path of the weight: `"encoder.0.fc.weight"`."""
+        return f"{self.path}.{self.weight}" if self.path else self.weight
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that the method trains here, by their name in the adapter's state."""
+        if self.adapter is None:
+            return [(self.name, self.in_place())]
+        return [(f"{self.name}.{n}", p) for n, p in self.adapter.named_parameters() if n in self.learns]
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """Everything that a file must hold for this site, by name in the adapter's state."""
+        if self.adapter is None:
+            return [(self.name, self.in_place().detach())]
+        return [(f"{self.name}.{n}", t) for n, t in self.adapter.state_dict().items()]
+
+    def in_place(self) -> nn.Parameter:
+        """The base's own parameter, where it is trained in place."""
+        return self.layer._parameters[self.weight]  # type: ignore[return-value]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Installed:
+    """The record of a wrapped model."""
+
+    adapters: dict[str, tuple[Placement, ...]]
+    active: tuple[str, ...]
+    flags: dict[str, bool]
+    """`requires_grad` of every parameter before the first wrap, by path."""
+    roles: dict[str, frozenset[str]]
+    """Each layer's roles, found before the first wrap."""
+    merged: tuple[str, ...] = ()
+    stash: tuple[tuple[nn.Module, str, nn.Parameter], ...] = ()
+    """The originals that a merge replaced: layer, parameter name, parameter."""
+    readers: tuple[nn.Module, ...] = ()
+    """Modules whose class was swapped because they read an adapted weight themselves."""
+
+    def placements(self, name: str) -> tuple[Placement, ...]:
+        """Where the adapter `name` sits; `UnknownAdapterError` when there is none."""
+        if name not in self.adapters:
+            raise UnknownAdapterError(
+                f"no adapter called {name!r}{did_you_mean(name, self.adapters) or ';'} this model has: {', '.join(self.adapters)}"
+            )
+        return self.adapters[name]
+
+    def layers(self, names: Iterable[str]) -> list[nn.Module]:
+        """The layers in which any of these adapters is installed, each once."""
+        return list({id(p.layer): p.layer for name in names for p in self.adapters[name]}.values())
+
+    def in_place(self, name: str) -> Placement | None:
+        """The first weight that the adapter trains in place, if it has one."""
+        return next((p for p in self.adapters[name] if p.adapter is None), None)
+
+
+class Adapters(nn.ModuleDict):
+    """The container at `<layer>.adapters`: adapter name → weight name → adapter.
+
+    A base checkpoint holds nothing of it, and still loads strictly: a state without a single key of this container leaves it
+    as it is. A state with some of its keys and not others is refused as ever.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_pre_hook(_keep_own_values)
+
+
+def _keep_own_values(container: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    if not any(key.startswith(prefix) for key in state):
+        state.update(container.state_dict(prefix=prefix))
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of `torch.compile`, DataParallel and DistributedDataParallel."""
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def record(model: nn.Module) -> Installed | None:
+    """The record of what is installed on the model, or None."""
+    return inner(model).__dict__.get(_INSTALLED)
+
+
+def installed(model: nn.Module) -> Installed:
+    """The record of what is installed on the model; `StateError` when nothing is."""
+    found = record(model)
+    if found is None:
+        below = next((path for path, m in model.named_modules() if _INSTALLED in m.__dict__), None)
+        where = f"its submodule {below!r} is: call this with that module" if below else "call peftkit.wrap or peftkit.load first"
+        raise StateError(f"this {type(model).__name__} is not wrapped; {where}")
+    return found
+
+
+def unmerged(model: nn.Module, action: str) -> Installed:
+    """The record, for an operation that makes no sense while adapters are merged."""
+    found = installed(model)
+    if found.merged:
+        raise StateError(
+            f"cannot {action} while {', '.join(map(repr, found.merged))} {'is' if len(found.merged) == 1 else 'are'} merged; "
+            "call peftkit.unmerge first"
+        )
+    return found
+
+
+def write_record(model: nn.Module, new: Installed | None) -> None:
+    """Replace the record, or remove it."""
+    root = inner(model)
+    if new is None:
+        root.__dict__.pop(_INSTALLED, None)
+    else:
+        root.__dict__[_INSTALLED] = new
+
+
+def atomically(model: nn.Module, touched: Iterable[nn.Module], change: Callable[[], T]) -> T:
+    """Run `change`; whatever it raises, the model and the `touched` modules are first put back as they were.
+
+    Classes, attributes, registered parameters and modules, and every parameter's `requires_grad` are restored; values
+    of tensors are not, so `change` must not write to them before it can no longer fail.
+    """
+    root = inner(model)
+    flags = [(p, p.requires_grad) for p in root.parameters()]
+    before = [_Snapshot(module) for module in {id(m): m for m in (root, *touched)}.values()]
+    try:
+        return change()
+    except BaseException:
+        for snapshot in before:
+            snapshot.restore()
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        raise
+
+
+class _Snapshot:
+    """A module's class and attributes, with the dictionaries in which it registers things."""
+
+    _REGISTERS = ("_parameters", "_buffers", "_modules")
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.cls, self.attributes = module, type(module), dict(module.__dict__)
+        self.registers = {name: dict(module.__dict__[name]) for name in self._REGISTERS}
+        adapters = module._modules.get("adapters")
+        self.adapters = _Snapshot(adapters) if isinstance(adapters, Adapters) else None
+
+    def restore(self) -> None:
+        module = self.module
+        object.__setattr__(module, "__class__", self.cls)
+        module.__dict__.clear()
+        module.__dict__.update(self.attributes)
+        for name, entries in self.registers.items():
+            module.__dict__[name].clear()
+            module.__dict__[name].update(entries)
+        if self.adapters is not None:
+            self.adapters.restore()
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors' elements; a tensor that comes twice counts once."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values() if isinstance(t, torch.Tensor))

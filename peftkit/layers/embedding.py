@@ -1,0 +1,66 @@
+"""Embeddings: the stored weight is `[rows, dim]`; as a matrix `[dim, rows]` it is applied to one-hot vectors."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftkit.layers.kind import LayerKind
+
+
+class Embedding(LayerKind):
+    """`nn.Embedding`: out = embedding_dim, in = num_embeddings."""
+
+    serves = "torch.nn.modules.sparse.Embedding"
+    family = "embedding"
+    one_hot = True
+
+    def weights(self, layer: nn.Embedding) -> Mapping[str, str | None]:
+        """The weight; an embedding has no bias."""
+        return {"weight": None}
+
+    def shape(self, layer: nn.Embedding, weight: str) -> tuple[int, ...]:
+        """`[embedding_dim, num_embeddings]`."""
+        return (layer.embedding_dim, layer.num_embeddings)
+
+    def matrix(self, layer: nn.Embedding, weight: str, w: Tensor) -> Tensor:
+        """Transpose. A sparse layer's gradient is made dense on the way, for a matrix has no sparse transpose."""
+        return w.mT
+
+    def restore(self, layer: nn.Embedding, weight: str, m: Tensor) -> Tensor:
+        """Transpose back."""
+        w = m.mT
+        return _DenseGradient.apply(w) if layer.sparse and w.requires_grad else w  # type: ignore[no-untyped-call,no-any-return]
+
+    def fuses(self, layer: nn.Embedding) -> bool:
+        """Not with `max_norm` or `scale_grad_by_freq`: these act on whole rows of the adapted weight."""
+        return layer.max_norm is None and not layer.scale_grad_by_freq
+
+    def low_rank(
+        self, layer: nn.Embedding, x: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float
+    ) -> Tensor:
+        """Look up columns of `down`, `[..., rank]`, then one product to `[..., dim]`.
+
+        Dropping an element of a one-hot input drops the token's whole update.
+        """
+        h = F.embedding(x, down.mT, layer.padding_idx)
+        if dropout:
+            h = h * F.dropout(torch.ones(x.shape, dtype=h.dtype, device=h.device), dropout).unsqueeze(-1)
+        delta = F.linear(h * scale, up)
+        if layer.padding_idx is not None and torch.is_grad_enabled():
+            # The padding row learns nothing, through `up` no more than through `down`.
+            delta = torch.where((x == layer.padding_idx).unsqueeze(-1), delta.detach(), delta)
+        return delta
+
+
+class _DenseGradient(torch.autograd.Function):
+    """The identity, whose backward makes a sparse gradient dense."""
+
+    @staticmethod
+    def forward(ctx: object, w: Tensor) -> Tensor:  # noqa: ARG004
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ARG004
+        return grad.to_dense() if grad.is_sparse else grad

@@ -1,0 +1,101 @@
+"""What a layer kind is: how one layer type stores its weights, seen as matrices, and how to run it fast.
+
+A kind is written once and serves every method; a method is written once, against matrices, and works on
+every kind. A kind holds no state: one instance serves every layer of its type, and it is copied and pickled
+with the models whose layers it describes.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+
+class LayerKind(ABC):
+    """How one layer type stores its weights as matrices `[..., out, in]`, and how to run low-rank updates fast.
+
+    `serves` is the qualified name of the layer's class, so that a kind can be written for a class of a package
+    that is never imported here. A subclass of that class is served too; if it has a `forward` of its own, only
+    the generic path is used (the weight is replaced, the forward left alone).
+
+    >>> import torch, peftkit
+    >>> from peftkit.layers import Linear
+    >>> layer = torch.nn.Linear(3, 5)
+    >>> Linear().shape(layer, "weight")
+    (5, 3)
+    """
+
+    serves: ClassVar[str]
+    """Qualified name of the class, such as `"torch.nn.modules.linear.Linear"`."""
+
+    family: ClassVar[str | None] = None
+    """What role a layer plays by its type: `"linear"`, `"conv"`, `"embedding"`, `"norm"` or None."""
+
+    one_hot: ClassVar[bool] = False
+    """True where the input is an index, so that the matrix is applied to a one-hot vector."""
+
+    @abstractmethod
+    def weights(self, layer: Any) -> Mapping[str, str | None]:
+        """Names of the weights that can be adapted, each with the name of the bias that it goes with, or None."""
+
+    @abstractmethod
+    def shape(self, layer: Any, weight: str) -> tuple[int, ...]:
+        """The shape `[..., out, in]` of `weight` as a matrix, from the layer's features and not from the tensor."""
+
+    def stored_size(self, layer: Any, weight: str) -> int | None:
+        """How many elements `weight` must hold; another number (a packed 4-bit weight, say) means another kind."""
+        return math.prod(self.shape(layer, weight))
+
+    def matrix(self, layer: Any, weight: str, w: Tensor) -> Tensor:  # noqa: ARG002
+        """View `w`, as the layer stores it, as a matrix `[..., out, in]`."""
+        return w
+
+    def restore(self, layer: Any, weight: str, m: Tensor) -> Tensor:  # noqa: ARG002
+        """Undo `matrix`: view `m` as the layer stores it."""
+        return m
+
+    def fuses(self, layer: Any) -> bool:  # noqa: ARG002
+        """Whether `low_rank` can serve this layer with the options that it has."""
+        return False
+
+    def low_rank(
+        self, layer: Any, x: Any, up: Tensor, down: Tensor, scale: float, dropout: float
+    ) -> Tensor:  # pragma: no cover
+        """What `scale * up @ down` adds to the layer's output for input `x`, without building that matrix.
+
+        `up` is `[out, rank]`, `down` is `[rank, in]`, both in the output's dtype. `dropout` is the probability with
+        which an element of the input is dropped, 0 outside training.
+        """
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class Parameter(LayerKind):
+    """Any named parameter of any module: the last two dimensions are the matrix, leading ones are a batch.
+
+    Serves what no other kind does, one parameter at a time and by its own path: fused expert weights, biases,
+    norms. A vector of n elements is the matrix `[n, 1]`, so that a method that scales rows scales its elements.
+    """
+
+    serves = "torch.nn.modules.module.Module"
+
+    def weights(self, layer: nn.Module) -> Mapping[str, str | None]:
+        """Every parameter that the module itself holds."""
+        return {name: None for name, p in layer._parameters.items() if p is not None}
+
+    def shape(self, layer: nn.Module, weight: str) -> tuple[int, ...]:
+        """The parameter's own shape, with vectors and scalars as columns."""
+        shape = tuple(layer._parameters[weight].shape)  # type: ignore[union-attr]
+        return shape if len(shape) >= 2 else (*shape, 1) if shape else (1, 1)
+
+    def matrix(self, layer: nn.Module, weight: str, w: Tensor) -> Tensor:
+        """View vectors and scalars as columns; leave the rest alone."""
+        return w if w.dim() >= 2 else w.reshape(-1, 1)
+
+    def restore(self, layer: nn.Module, weight: str, m: Tensor) -> Tensor:
+        """Undo `matrix`."""
+        return m.reshape(layer._parameters[weight].shape)  # type: ignore[union-attr]

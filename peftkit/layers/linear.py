@@ -1,0 +1,53 @@
+"""Linear layers: `nn.Linear`, and transformers' `Conv1D`, which is one with its weight transposed."""
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftkit.layers.kind import LayerKind
+
+
+class Linear(LayerKind):
+    """`nn.Linear`: the weight `[out_features, in_features]` is its own matrix."""
+
+    serves = "torch.nn.modules.linear.Linear"
+    family = "linear"
+
+    def weights(self, layer: nn.Linear) -> Mapping[str, str | None]:
+        """The weight, with the bias if there is one."""
+        return {"weight": "bias"}
+
+    def shape(self, layer: nn.Linear, weight: str) -> tuple[int, ...]:
+        """`[out_features, in_features]`."""
+        return (layer.out_features, layer.in_features)
+
+    def fuses(self, layer: nn.Linear) -> bool:
+        """Always."""
+        return True
+
+    def low_rank(
+        self, layer: nn.Linear, x: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float
+    ) -> Tensor:
+        """`x [..., in] -> [..., out]` by way of `[..., rank]`."""
+        if dropout:
+            x = F.dropout(x, dropout)
+        return F.linear(F.linear(x, down) * scale, up)
+
+
+class Conv1D(Linear):
+    """transformers' `Conv1D` (GPT-2): a linear layer whose weight is stored as `[in, out]`."""
+
+    serves = "transformers.pytorch_utils.Conv1D"
+
+    def shape(self, layer: nn.Module, weight: str) -> tuple[int, ...]:  # type: ignore[override]
+        """`[nf, nx]`, in that class's own names."""
+        return (int(layer.nf), int(layer.nx))  # type: ignore[arg-type]
+
+    def matrix(self, layer: nn.Module, weight: str, w: Tensor) -> Tensor:
+        """Transpose."""
+        return w.mT
+
+    def restore(self, layer: nn.Module, weight: str, m: Tensor) -> Tensor:
+        """Transpose back."""
+        return m.mT

@@ -1,0 +1,170 @@
+"""Folds adapters into the weights, and unfolds them exactly: the originals are put aside, not computed back."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.adapter import Activation
+from peftkit.errors import StateError, UnsupportedLayerError
+from peftkit.install import remove
+from peftkit.installed import Installed, atomically, inner, installed, unmerged, write_record
+from peftkit.plan import modules_of
+from peftkit.swap import compose, set_running, steps_for
+
+
+def merge(model: nn.Module, name: str | None = None, *, keep_base: bool = True, untie: bool = False) -> nn.Module:
+    """Fold adapters into new weights, computed in float32 (float64 for float64 weights), so that the base runs alone.
+
+    Args:
+        name: the adapter to fold; by default all active ones, in their order.
+        keep_base: keep the originals, so that `unmerge` restores them exactly. With False they are freed and the merged
+            adapters are removed: a plain model is left, ready for `save_pretrained`.
+        untie: a merge into one holder of a tied weight would leave the other with the old values. That is refused, unless this
+            is True: then the two are separate weights from now on (and after `unmerge` one again).
+
+    Raises `StateError` when something is merged already, when `name` is not active or runs after one that is not merged;
+    `UnsupportedLayerError` for an adapter without a weight form, for a tied weight, and where a merged weight is not finite.
+
+    >>> import torch, peftkit
+    >>> model = peftkit.wrap(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)), "lora", init="gaussian")
+    >>> model = peftkit.merge(model, keep_base=False)
+    >>> list(model.state_dict())
+    ['0.weight', '0.bias', '1.weight', '1.bias']
+    """
+    known = unmerged(model, "merge again")
+    names = _names_to_merge(known, name, keep_base=keep_base)
+    root = inner(model)
+    folded = _fold(root, known, names, untie=untie)
+    layers = known.layers(names)
+
+    def change() -> nn.Module:
+        stash = tuple((layer, weight, layer._parameters[weight]) for layer, weight, _ in folded)
+        for layer, weight, value in folded:
+            layer._parameters[weight] = nn.Parameter(value, requires_grad=False)
+        running = known.active[len(names) :]
+        for layer in layers:
+            if "_peftkit_layer" in layer.__dict__:
+                set_running(layer, running)
+        write_record(root, dataclasses.replace(known, merged=names, stash=stash if keep_base else ()))
+        return model if keep_base else remove(model, names)
+
+    merged = atomically(root, known.layers(known.adapters), change)
+    if not keep_base and untie and getattr(getattr(root, "config", None), "tie_word_embeddings", None) is True:
+        _record_untied(root)
+    return merged
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Put the original weights back: the very parameters that `merge` put aside, so that any number of cycles drift by 0.
+
+    If the model was moved or cast while merged, the originals follow it. Raises `StateError` when nothing is merged.
+
+    >>> import torch, peftkit
+    >>> model = peftkit.wrap(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)), "lora", init="pissa", rank=2)
+    >>> weight = model[0].weight.clone()
+    >>> for _ in range(100):
+    ...     model = peftkit.unmerge(peftkit.merge(model))
+    >>> torch.equal(model[0].weight, weight)
+    True
+    """
+    known = installed(model)
+    if not known.merged:
+        raise StateError("nothing is merged; call peftkit.merge first")
+    layers = known.layers(known.merged)
+    values = [
+        original.data.to(device=layer._parameters[weight].device, dtype=layer._parameters[weight].dtype)  # type: ignore[union-attr]
+        for layer, weight, original in known.stash
+    ]
+
+    def change() -> nn.Module:
+        for layer, weight, original in known.stash:
+            layer._parameters[weight] = original
+        for layer in layers:
+            if "_peftkit_layer" in layer.__dict__:
+                set_running(layer, known.active)
+        write_record(model, dataclasses.replace(known, merged=(), stash=()))
+        for (_, _, original), value in zip(known.stash, values, strict=True):
+            original.data = value
+        return model
+
+    return atomically(model, layers, change)
+
+
+def _names_to_merge(known: Installed, name: str | None, *, keep_base: bool) -> tuple[str, ...]:
+    if name is not None:
+        known.placements(name)
+        if name not in known.active:
+            raise StateError(f"adapter {name!r} does not run now; call peftkit.activate(model, {name!r}) first, then merge")
+        if known.active[0] != name:
+            raise StateError(
+                f"adapter {known.active[0]!r} runs before {name!r}, and would run after it once {name!r} is merged; "
+                f"merge both (name=None), or activate them in another order"
+            )
+        return (name,)
+    if not known.active:
+        raise StateError(f"no adapter runs now; call peftkit.activate first (this model has {', '.join(known.adapters)})")
+    left = [other for other in known.adapters if other not in known.active]
+    if left and not keep_base:
+        raise StateError(
+            f"keep_base=False leaves a plain model, but {', '.join(map(repr, left))} does not run and would stay behind; "
+            f"call peftkit.unwrap(model, {left[0]!r}) first, or merge one adapter by name"
+        )
+    return known.active
+
+
+def _fold(root: nn.Module, known: Installed, names: tuple[str, ...], *, untie: bool) -> list[tuple[nn.Module, str, Tensor]]:
+    """The merged values: layer, parameter's name, new tensor as the layer stores it. Nothing is changed yet."""
+    paths: dict[int, tuple[str, nn.Module]] = {}
+    for name in names:
+        for placement in known.adapters[name]:
+            if isinstance(placement.adapter, Activation):
+                raise UnsupportedLayerError(
+                    f"{placement.method.name} at {placement.path or 'the model'} has no weight form, so adapter {name!r} cannot be "
+                    "merged; keep it unmerged"
+                )
+            if placement.adapter is not None:
+                paths[id(placement.layer)] = (placement.path, placement.layer)
+    folded = []
+    for path, layer in paths.values():
+        for weight in layer.__dict__["_peftkit_layer"].kinds:
+            steps = list(steps_for(layer, weight, names))
+            if not steps or (weight in layer._parameters and layer._parameters[weight] is None):
+                continue
+            if weight not in layer._parameters:
+                raise UnsupportedLayerError(
+                    f"{path}.{weight} is computed by a parametrization, so there is no weight to merge into; "
+                    "remove the parametrization before wrapping"
+                )
+            raw: nn.Parameter = layer._parameters[weight]  # type: ignore[assignment]
+            with torch.no_grad():
+                value = compose(layer, weight, raw.detach(), steps, dropping=False, at_least=torch.float32)
+                value = torch.empty_like(raw).copy_(value)
+            if not raw.is_meta and not value.isfinite().all():
+                raise UnsupportedLayerError(f"the merged {path}.{weight} is not finite; look at its adapter, it is not merged")
+            folded.append((layer, weight, value))
+    if not untie:
+        _refuse_tied(root, folded)
+    return folded
+
+
+def _refuse_tied(root: nn.Module, folded: list[tuple[nn.Module, str, Tensor]]) -> None:
+    """A weight with another holder would change in one of the two alone."""
+    holders: Mapping[int, list[str]] = {}
+    for path, module in modules_of(root).items():
+        for weight, p in module._parameters.items():
+            if p is not None:
+                holders.setdefault(id(p), []).append(f"{path}.{weight}" if path else weight)  # type: ignore[attr-defined]
+    for layer, weight, _ in folded:
+        names = holders[id(layer._parameters[weight])]
+        if len(names) > 1:
+            raise UnsupportedLayerError(
+                f"{' and '.join(names)} are one tied weight; merging would change what one of them computes and not the other. "
+                "To make them separate weights, merge(model, untie=True)"
+            )
+
+
+def _record_untied(root: nn.Module) -> None:
+    """Tell a transformers configuration, or reloading the saved model would tie the weights again."""
+    root.config.tie_word_embeddings = False  # type: ignore[union-attr]

@@ -1,0 +1,137 @@
+"""LoRA: a frozen weight plus a trainable product of two thin matrices (Hu et al., arXiv:2106.09685)."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+import peftkit
+
+INITS = ("default", "gaussian", "orthogonal", "pissa", "olora")
+
+
+@dataclass(frozen=True)
+class LoRA(peftkit.Method):
+    """`W + alpha / rank * up @ down`, with `up` `[out, rank]` and `down` `[rank, in]`.
+
+    Args:
+        rank: width of the product.
+        alpha: the update is scaled by `alpha / rank`.
+        dropout: probability with which an element of the input is dropped on its way into `down`, in training.
+        init: how the factors start. The output at the start is the base's for all of them, and the base is never touched:
+            an init whose product is not zero keeps its start and subtracts it.
+
+            * `default`: `down` uniform in ±1/sqrt(in), `up` zero; on a layer whose input is an index,
+              `down` zero and `up` standard normal, as published.
+            * `gaussian`: `down` normal with standard deviation 1/rank, `up` zero.
+            * `orthogonal`: `up` and `down` in orthogonal halves of the rank space; needs an even rank.
+            * `pissa`: the largest singular vectors of the weight (Meng et al., arXiv:2404.02948).
+            * `olora`: the first columns of the weight's QR decomposition (Büyükakyüz, arXiv:2406.01775).
+        rank_stabilized: scale by `alpha / sqrt(rank)` instead (Kalajdzievski, arXiv:2312.03732).
+
+    >>> import torch, peftkit
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> model = peftkit.wrap(model, "lora", rank=2)
+    >>> {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    {'0.adapters.default.weight.down': (2, 8), '0.adapters.default.weight.up': (8, 2)}
+    """
+
+    name: ClassVar[str] = "lora"
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    init: str = "default"
+    rank_stabilized: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values that would fail later, or do nothing."""
+        self.require(_is_int(self.rank) and self.rank >= 1, "rank", "a whole number of at least 1")
+        self.require(_is_number(self.alpha) and self.alpha != 0, "alpha", "a finite number other than 0")
+        self.require(_is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a number from 0 to below 1")
+        self.require(self.init in INITS, "init", f"one of {', '.join(INITS)}")
+        self.require(isinstance(self.rank_stabilized, bool), "rank_stabilized", "True or False")
+        self.require(self.init != "orthogonal" or self.rank % 2 == 0, "rank", "even with init='orthogonal'")
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    def adapter(self, site: peftkit.Site, shared: object = None) -> peftkit.LowRank:
+        """Two factors, and their frozen start where the init has one."""
+        return _LoRA(site, self)
+
+
+class _LoRA(peftkit.LowRank):
+    def __init__(self, site: peftkit.Site, method: LoRA) -> None:
+        super().__init__(site)
+        self.scale = method.scale
+        self.dropout = method.dropout
+        up, down = _factors(site, method)
+        self.down = site.parameter(down)
+        self.up = site.parameter(up)
+        subtracts = method.init in ("orthogonal", "pissa", "olora")
+        self.register_buffer("start_down", self.down.detach().clone() if subtracts else None)
+        self.register_buffer("start_up", self.up.detach().clone() if subtracts else None)
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        return self.up, self.down, self.scale
+
+    def start(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.start_up is None else (self.start_up, self.start_down)
+
+
+def _factors(site: peftkit.Site, method: LoRA) -> tuple[Tensor, Tensor]:
+    """`up` `[..., out, rank]` and `down` `[..., rank, in]` as the method's init has them."""
+    rank, out_shape, in_shape = method.rank, (*site.batch, site.fan_out), site.fan_in
+    up = torch.zeros(*out_shape, rank)
+    down = torch.zeros(*site.batch, rank, in_shape)
+    if method.init == "gaussian":
+        return up, down.normal_(std=1 / rank)
+    if method.init == "orthogonal":
+        half = rank // 2
+        basis = torch.linalg.qr(torch.randn(rank, rank)).Q
+        return (
+            torch.randn(*out_shape, half) @ basis[:half] / 10,
+            basis[half:].mT @ torch.randn(*site.batch, half, in_shape) / 10,
+        )
+    if method.init in ("pissa", "olora"):
+        return _from_weight(site, method)
+    if site.one_hot:
+        return up.normal_(), down
+    bound = 1 / math.sqrt(in_shape)
+    return up, down.uniform_(-bound, bound)
+
+
+def _from_weight(site: peftkit.Site, method: LoRA) -> tuple[Tensor, Tensor]:
+    """The factors that hold the most of the weight itself, by singular values or by QR."""
+    rank = method.rank
+    if rank > min(site.fan_out, site.fan_in):
+        raise peftkit.errors.FieldError(
+            f"lora: init={method.init!r} takes its factors from the weight, so rank must be at most "
+            f"{min(site.fan_out, site.fan_in)} at {site.name} {list(site.shape)}, got {rank}"
+        )
+    w = site.matrix()
+    if method.init == "olora":
+        q, r = torch.linalg.qr(w)
+        return q[..., :rank], r[..., :rank, :]
+    u, s, vh = torch.linalg.svd(w / method.scale, full_matrices=False)
+    root = s[..., :rank].sqrt()
+    return u[..., :rank] * root.unsqueeze(-2), root.unsqueeze(-1) * vh[..., :rank, :]
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@peftkit.hookimpl
+def peftkit_methods() -> list[type[peftkit.Method]]:
+    """The one method of this module."""
+    return [LoRA]
