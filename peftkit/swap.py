@@ -346,7 +346,7 @@ def _run_weights(
     if not running.names:
         return forward(layer, *args, **kwargs)
     if running.fused and len(args) == 1 and not kwargs and _is_frozen(layer, running.fused):
-        return _run_fused(layer, running, running.fused, forward, args[0])
+        return _run_fused(layer, running, running.fused, args[0])
     if torch.compiler.is_compiling():
         return forward(layer, *args, **kwargs)
     with _open_frames((layer,)):
@@ -358,10 +358,15 @@ def _is_frozen(layer: nn.Module, weight: str) -> bool:
     return raw is not None and not raw.requires_grad
 
 
-def _run_fused(layer: nn.Module, running: Running, weight: str, forward: Callable[..., Any], x: Any) -> Any:
-    """The base's output plus each low-rank update's, in the output's dtype; no adapted weight is built."""
+def _run_fused(layer: nn.Module, running: Running, weight: str, x: Any) -> Any:
+    """The base's output plus each low-rank update's, in the output's dtype; no adapted weight is built.
+
+    The base's own output comes from the kind and not from the layer's forward, whose reads could be adapted ones: while
+    compiling they all are, and a reader may have opened a frame.
+    """
     kind = layer.__dict__[_LAYER].kind
-    y = forward(layer, x)
+    bias = kind.weights(layer)[weight]
+    y = kind.plain(layer, x, raw_parameter(layer, weight), raw_parameter(layer, bias) if bias else None)
     groups = layer._modules["adapters"]._modules  # type: ignore[union-attr]
     for name in running.names:
         adapter: LowRank = groups[name]._modules[weight]  # type: ignore[union-attr, assignment]

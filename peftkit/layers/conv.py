@@ -44,6 +44,10 @@ class _Conv(LayerKind):
         """Always: padding modes, strides, dilation and groups are the layer's own."""
         return True
 
+    def plain(self, layer: _ConvNd, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """The convolution, with the layer's padding mode."""
+        return layer._conv_forward(x, w, b)  # type: ignore[operator, no-any-return]
+
     def low_rank(
         self, layer: _ConvNd, x: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float
     ) -> Tensor:

@@ -37,6 +37,10 @@ class Embedding(LayerKind):
         """Not with `max_norm` or `scale_grad_by_freq`: these act on whole rows of the adapted weight."""
         return layer.max_norm is None and not layer.scale_grad_by_freq
 
+    def plain(self, layer: nn.Embedding, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """The lookup of the rows of `w`."""
+        return F.embedding(x, w, layer.padding_idx, sparse=layer.sparse)
+
     def low_rank(
         self, layer: nn.Embedding, x: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float
     ) -> Tensor:

@@ -57,8 +57,12 @@ class LayerKind(ABC):
         return m
 
     def fuses(self, layer: Any) -> bool:  # noqa: ARG002
-        """Whether `low_rank` can serve this layer with the options that it has."""
+        """Whether `plain` and `low_rank` can serve this layer with the options that it has."""
         return False
+
+    def plain(self, layer: Any, x: Any, w: Tensor, b: Tensor | None) -> Tensor:  # pragma: no cover
+        """The layer's own output for input `x`, weight `w` and bias `b`: the same operations as its `forward`."""
+        raise NotImplementedError
 
     def low_rank(
         self, layer: Any, x: Any, up: Tensor, down: Tensor, scale: float, dropout: float

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,13 +27,19 @@ class Linear(LayerKind):
         """Always."""
         return True
 
+    def plain(self, layer: nn.Linear, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """`x @ w.T + b`."""
+        return F.linear(x, w, b)
+
     def low_rank(
         self, layer: nn.Linear, x: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float
     ) -> Tensor:
         """`x [..., in] -> [..., out]` by way of `[..., rank]`."""
         if dropout:
             x = F.dropout(x, dropout)
-        return F.linear(F.linear(x, down) * scale, up)
+        # Flattened, because torch chooses its kernel for three dimensions by what requires grad, and rounds accordingly.
+        h = F.linear(x.reshape(-1, x.shape[-1]), down) * scale
+        return F.linear(h, up).reshape(*x.shape[:-1], up.shape[0])
 
 
 class Conv1D(Linear):
@@ -51,3 +58,7 @@ class Conv1D(Linear):
     def restore(self, layer: nn.Module, weight: str, m: Tensor) -> Tensor:
         """Transpose back."""
         return m.mT
+
+    def plain(self, layer: nn.Module, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """`x @ w + b`, by one `addmm` on the flattened input, as that class does it."""
+        return torch.addmm(b, x.reshape(-1, x.shape[-1]), w).unflatten(0, x.shape[:-1])  # type: ignore[arg-type]
