@@ -1,8 +1,8 @@
 """What a method's author writes against: the site to adapt, and the three forms that an adapter can take.
 
-    Adapter      a function of the weight matrix        merges, unmerges, works on every layer kind
-    └ LowRank    W + scale * up @ down                   and has each layer kind's fast path
-    Activation   a function around the layer's forward   no weight form, so it does not merge
+Adapter      a function of the weight matrix        merges, unmerges, works on every layer kind
+└ LowRank    W + scale * up @ down                   and has each layer kind's fast path
+Activation   a function around the layer's forward   no weight form, so it does not merge
 """
 
 import dataclasses
@@ -190,4 +190,3 @@ class Base:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run it."""
         return self.call(self.model, *args, **kwargs)
-

@@ -34,7 +34,7 @@ from peftkit.errors import (
     did_you_mean,
 )
 from peftkit.install import build, check_name, install
-from peftkit.installed import Placement, atomically, inner, installed, record
+from peftkit.installed import Placement, inner, installed, record
 from peftkit.method import Method
 from peftkit.plan import find_model_roles, module_site, modules_of, site_of
 from peftkit.swap import base_class, raw_parameter
@@ -101,10 +101,14 @@ def _only_name(model: nn.Module) -> str:
 def _match_keys(own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     missing = [key for key in own if key not in given]
     if missing:
-        raise FormatError(f"{len(missing)} tensors are missing, the first is {missing[0]!r}{did_you_mean(missing[0], given)}")
+        raise FormatError(
+            f"{len(missing)} tensors are missing, the first is {missing[0]!r}{did_you_mean(missing[0], given)}"
+        )
     unexpected = [key for key in given if key not in own]
     if unexpected:
-        raise FormatError(f"{len(unexpected)} tensors fit nowhere, the first is {unexpected[0]!r}{did_you_mean(unexpected[0], own)}")
+        raise FormatError(
+            f"{len(unexpected)} tensors fit nowhere, the first is {unexpected[0]!r}{did_you_mean(unexpected[0], own)}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------- save
@@ -211,7 +215,11 @@ def _sample(raw: Tensor) -> str:
     if raw.numel() == 0:
         return ""
     places = torch.linspace(0, raw.numel() - 1, _SAMPLES, dtype=torch.float64, device="cpu").long()
-    values = raw.detach()[torch.unravel_index(places.to(raw.device), raw.shape)] if raw.dim() else raw.detach().repeat(_SAMPLES)
+    values = (
+        raw.detach()[torch.unravel_index(places.to(raw.device), raw.shape)]
+        if raw.dim()
+        else raw.detach().repeat(_SAMPLES)
+    )
     sample = values.to(device="cpu", dtype=torch.bfloat16).contiguous()
     return ctypes.string_at(sample.data_ptr(), 2 * _SAMPLES).hex()
 
@@ -305,23 +313,14 @@ def load(
     built = _rebuild(path, sites, read.tensors)
     known = record(model)
     active = known.active if known and known.active else (name,)
-    in_place = [(site, read.tensors[site.name]) for site, _, adapter in built if adapter is None]
+    in_place = {site.name: read.tensors[site.name] for site, _, adapter in built if adapter is None}
     if in_place and name not in active:
         raise StateError(
-            f"{in_place[0][0].name} was saved as trained in place, which cannot be loaded beside active adapters; "
+            f"{next(iter(in_place))} was saved as trained in place, which cannot be loaded beside active adapters; "
             "call peftkit.activate(model) first, or save it with Full(keep_base=True)"
         )
     roles = known.roles if known else find_model_roles(model)
-    values = [(site.layer._parameters[site.weight], tensor) for site, tensor in in_place]
-
-    def change() -> nn.Module:
-        install(model, name, built, roles, active, trainable=trainable)
-        with torch.no_grad():
-            for parameter, tensor in values:
-                parameter.copy_(tensor)  # type: ignore[union-attr]
-        return model
-
-    return atomically(inner(model), [site.layer for site, _, _ in built], change)
+    return install(model, name, built, roles, active, trainable=trainable, in_place=in_place)
 
 
 def _read(path: Path) -> _Read:
@@ -332,7 +331,9 @@ def _read(path: Path) -> _Read:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
             if not 2 <= length <= min(size - 8, MAX_HEADER):
-                raise FormatError(f"{path} is no adapter file, or it is truncated: {size} bytes, whose header claims {length}")
+                raise FormatError(
+                    f"{path} is no adapter file, or it is truncated: {size} bytes, whose header claims {length}"
+                )
             data = start + file.read()
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from error
@@ -360,7 +361,9 @@ def _check_manifest(path: Path, manifest: Any, seal: Any) -> None:
         raise FormatError(f"{path} is damaged: its manifest is not what was saved")
     version = manifest.get("format")
     if version != FORMAT:
-        raise FormatError(f"{path} has format {version!r}, this version of peftkit reads format {FORMAT}; install a later one")
+        raise FormatError(
+            f"{path} has format {version!r}, this version of peftkit reads format {FORMAT}; install a later one"
+        )
     try:
         methods, sites = manifest["methods"], manifest["sites"]
         sound = (
@@ -396,7 +399,9 @@ def _resolve(model: nn.Module, manifest: dict[str, Any], *, check_base: bool) ->
         path, weight = entry["path"], entry["weight"]
         layer = modules.get(path)
         if layer is None:
-            raise BaseMismatchError(f"this model has no layer {path!r}, which the file adapts{did_you_mean(path, modules)}")
+            raise BaseMismatchError(
+                f"this model has no layer {path!r}, which the file adapts{did_you_mean(path, modules)}"
+            )
         name = f"{path}.{weight}" if path else weight
         try:
             here = _base_facts(layer, weight, in_place=entry["in_place"])
@@ -449,7 +454,9 @@ def _rebuild(
         rehearsal = site.on_meta()
         adapter = build(rehearsal, method)
         if rehearsal.unfrozen != in_place or (adapter is None) != in_place:
-            raise FormatError(f"{path}: {site.name} is {'' if in_place else 'not '}trained in place, which {method} contradicts")
+            raise FormatError(
+                f"{path}: {site.name} is {'' if in_place else 'not '}trained in place, which {method} contradicts"
+            )
         if adapter is None:
             site.unfreeze()
             _fit(path, site.name, site.layer._parameters[site.weight], tensors)  # type: ignore[arg-type]
@@ -472,7 +479,9 @@ def _fit(path: str | os.PathLike[str], key: str, own: Tensor, tensors: Mapping[s
     if tensor is None:
         raise FormatError(f"{path} lacks {key!r}")
     if tensor.shape != own.shape or tensor.dtype.is_floating_point != own.dtype.is_floating_point:
-        raise FormatError(f"{path}: {key} is {tensor.dtype} {list(tensor.shape)}, where {own.dtype} {list(own.shape)} is due")
+        raise FormatError(
+            f"{path}: {key} is {tensor.dtype} {list(tensor.shape)}, where {own.dtype} {list(own.shape)} is due"
+        )
     return tensor
 
 
@@ -490,4 +499,6 @@ def _refuse_left_on_meta(adapter: nn.Module, site: Site) -> None:
         return
     for name, tensor in (*adapter.named_parameters(), *adapter.named_buffers()):
         if tensor.is_meta:
-            raise FormatError(f"{site.name}: the adapter's {name!r} is not part of what it saves; register it as a persistent buffer")
+            raise FormatError(
+                f"{site.name}: the adapter's {name!r} is not part of what it saves; register it as a persistent buffer"
+            )

@@ -5,11 +5,11 @@ if that is cut short, it is put back as it was.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftkit import plugins
 from peftkit.adapter import Activation, Adapter, Site
@@ -95,9 +95,16 @@ def install(
     active: tuple[str, ...],
     *,
     trainable: bool = True,
+    in_place: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Put built adapters on the model under `name`, atomically, and make `active` what runs."""
-    placements = tuple(_placement(site, method, adapter) for site, method, adapter in built if adapter or site.unfrozen)
+    """Put built adapters on the model under `name`, atomically, and make `active` what runs.
+
+    `in_place` holds new values for weights that are trained in place, by the weight's name.
+    """
+    values = in_place or {}
+    placements = tuple(
+        _placement(site, method, adapter, values) for site, method, adapter in built if adapter or site.unfrozen
+    )
     known = record(model)
     _refuse_shared_in_place(known, placements)
     root = inner(model)
@@ -123,6 +130,10 @@ def install(
         swapped_readers = tuple(reader for reader, _ in readers)
         new = Installed(adapters, active, flags, dict(roles), readers=swapped_readers)
         write_record(root, new)
+        for placement in placements:
+            if placement.adapter is None and placement.name in values:
+                parameter = placement.in_place()
+                parameter.data = values[placement.name].to(device=parameter.device, dtype=parameter.dtype)
         return model
 
     return atomically(root, [*layers.values(), *(reader for reader, _ in readers)], change)
@@ -142,12 +153,11 @@ def unwrap(model: nn.Module, name: str | None = None) -> nn.Module:
     (True, 'Linear')
     """
 
-
     known = unmerged(model, "unwrap")
     names = list(known.adapters) if name is None else [name]
     for each in names:
         for placement in known.placements(each):
-            if placement.adapter is None and placement.in_place()._version != placement.version:
+            if placement.adapter is None and placement.version != placement.in_place()._version:
                 raise StateError(
                     f"{placement.name} was trained in place by adapter {each!r} and its old values were not kept; to keep what "
                     "was learned call peftkit.merge(model, keep_base=False), and to be able to go back use Full(keep_base=True)"
@@ -157,7 +167,6 @@ def unwrap(model: nn.Module, name: str | None = None) -> nn.Module:
 
 def remove(model: nn.Module, names: Iterable[str]) -> nn.Module:
     """Take adapters off the model, atomically; with the last one gone, everything that wrapping added."""
-
 
     known = installed(model)
     root = inner(model)
@@ -194,10 +203,13 @@ def remove(model: nn.Module, names: Iterable[str]) -> nn.Module:
 
 def check_name(model: nn.Module, name: str) -> None:
     """Refuse an adapter's name that is taken or that `nn.ModuleDict` cannot hold, and a model that cannot be wrapped now."""
-    if not isinstance(name, str) or not name or "." in name or not name.isprintable() or len(name) > 128:
+    given: Any = name
+    if not isinstance(given, str) or not name or "." in name or not name.isprintable() or len(name) > 128:
         raise StateError(f"an adapter's name is a short text without dots, got {name!r}")
     if hasattr(nn.ModuleDict, name) or name in ("training", "shared"):
-        raise StateError(f"{name!r} cannot name an adapter, because a torch module has an attribute of that name; choose another")
+        raise StateError(
+            f"{name!r} cannot name an adapter, because a torch module has an attribute of that name; choose another"
+        )
     known = record(model)
     if known is None:
         below = next((path for path, m in inner(model).named_modules() if record(m) is not None), None)
@@ -205,7 +217,9 @@ def check_name(model: nn.Module, name: str) -> None:
             raise StateError(f"the submodule {below!r} is wrapped already; wrap that one again, or unwrap it first")
         return
     if known.merged:
-        raise StateError(f"cannot add an adapter while {', '.join(map(repr, known.merged))} is merged; call peftkit.unmerge first")
+        raise StateError(
+            f"cannot add an adapter while {', '.join(map(repr, known.merged))} is merged; call peftkit.unmerge first"
+        )
     if name in known.adapters:
         raise StateError(
             f"the model has an adapter called {name!r} already; give another name=, or call peftkit.unwrap(model, {name!r}) first"
@@ -215,9 +229,14 @@ def check_name(model: nn.Module, name: str) -> None:
 # --------------------------------------------------------------------------------------- one layer at a time
 
 
-def _placement(site: Site, method: Method, adapter: Adapter | Activation | None) -> Placement:
-    learns = frozenset(n for n, p in adapter.named_parameters() if p.requires_grad) if adapter is not None else frozenset()
-    version = site.layer._parameters[site.weight]._version if adapter is None else 0  # type: ignore[union-attr]
+def _placement(
+    site: Site, method: Method, adapter: Adapter | Activation | None, in_place: Mapping[str, Tensor]
+) -> Placement:
+    learns = (
+        frozenset(n for n, p in adapter.named_parameters() if p.requires_grad) if adapter is not None else frozenset()
+    )
+    raw = site.layer._parameters.get(site.weight)
+    version = None if raw is None or site.name in in_place else raw._version
     return Placement(site.path, site.weight, site.layer, method, adapter, learns, version)
 
 
@@ -226,12 +245,14 @@ def _place(name: str, placement: Placement) -> None:
     if placement.adapter is None:
         return
     layer = placement.layer
-    container = layer._modules.get("adapters")
+    container: Any = layer._modules.get("adapters")
     if container is None:
-        container = layer._modules["adapters"] = Adapters().train(layer.training)
+        container = layer._modules["adapters"] = Adapters()
+        container.training = layer.training
     group = container._modules.get(name)
     if group is None:
-        group = container._modules[name] = nn.ModuleDict().train(layer.training)
+        group = container._modules[name] = nn.ModuleDict()
+        group.training = layer.training
     group._modules[placement.weight] = placement.adapter
     _swap_for(layer, weight=placement.weight)
 
@@ -241,12 +262,13 @@ def _swap_for(layer: nn.Module, *, weight: str | None = None, reads: tuple[nn.Mo
     own: Adapted | None = layer.__dict__.get("_peftkit_layer")
     if own is None:
         found = plugins.kind_of(type(layer))
-        fusable = found is not None and type(layer).forward is found[1].forward
+        known: Any = None if found is None else found[1]
+        fusable = known is not None and type(layer).forward is known.forward
         own = Adapted(type(layer), found[0] if found else None, fusable, {}, {})
     kinds, bias_of = dict(own.kinds), dict(own.bias_of)
     if weight is not None and weight != "module":
         kinds[weight] = kind_for(layer, weight)
-        bias = own.kind.weights(layer)[weight] if own.kind is kinds[weight] and own.kind else None
+        bias = None if own.kind is None or own.kind is not kinds[weight] else own.kind.weights(layer)[weight]
         if bias is not None:
             bias_of[bias] = weight
             kinds.setdefault(bias, plugins.parameter_kind)

@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from peftkit.adapter import Activation, Adapter
@@ -31,8 +30,8 @@ class Placement:
     """None where the layer's own weight is trained in place."""
     learns: frozenset[str]
     """Which of the adapter's parameters the method trains."""
-    version: int = 0
-    """The weight's version counter when it was unfrozen: whether training in place has changed it."""
+    version: int | None = 0
+    """The weight's version counter when it was unfrozen, by which a change in place shows; None if it has changed already."""
 
     @property
     def name(self) -> str:
@@ -98,7 +97,7 @@ class Adapters(nn.ModuleDict):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_load_state_dict_pre_hook(_keep_own_values)
+        self.register_load_state_dict_pre_hook(_keep_own_values)  # type: ignore[no-untyped-call]
 
 
 def _keep_own_values(container: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -127,7 +126,11 @@ def installed(model: nn.Module) -> Installed:
     found = record(model)
     if found is None:
         below = next((path for path, m in model.named_modules() if _INSTALLED in m.__dict__), None)
-        where = f"its submodule {below!r} is: call this with that module" if below else "call peftkit.wrap or peftkit.load first"
+        where = (
+            f"its submodule {below!r} is: call this with that module"
+            if below
+            else "call peftkit.wrap or peftkit.load first"
+        )
         raise StateError(f"this {type(model).__name__} is not wrapped; {where}")
     return found
 
@@ -155,18 +158,19 @@ def write_record(model: nn.Module, new: Installed | None) -> None:
 def atomically(model: nn.Module, touched: Iterable[nn.Module], change: Callable[[], T]) -> T:
     """Run `change`; whatever it raises, the model and the `touched` modules are first put back as they were.
 
-    Classes, attributes, registered parameters and modules, and every parameter's `requires_grad` are restored; values
-    of tensors are not, so `change` must not write to them before it can no longer fail.
+    Classes, attributes, registered parameters and modules, and every parameter's `requires_grad` and `data` are restored.
+    What is written *into* a tensor is not: `change` must give a parameter other data instead.
     """
     root = inner(model)
-    flags = [(p, p.requires_grad) for p in root.parameters()]
+    parameters = [(p, p.requires_grad, p.data) for p in root.parameters()]
     before = [_Snapshot(module) for module in {id(m): m for m in (root, *touched)}.values()]
     try:
         return change()
     except BaseException:
         for snapshot in before:
             snapshot.restore()
-        for p, flag in flags:
+        for p, flag, data in parameters:
+            p.data = data
             p.requires_grad_(flag)
         raise
 
@@ -196,4 +200,4 @@ class _Snapshot:
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the tensors' elements; a tensor that comes twice counts once."""
-    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values() if isinstance(t, torch.Tensor))
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())

@@ -133,4 +133,8 @@ def param_groups(model: nn.Module, *, lr: float) -> list[dict[str, Any]]:
                     by_method.setdefault(placement.method, {})[id(p)] = p
     if not by_method:
         raise StateError("nothing is trainable; call peftkit.set_trainable(model, name) first")
-    return [group for method, parameters in by_method.items() for group in method.param_groups(list(parameters.values()), lr)]
+    return [
+        group
+        for method, parameters in by_method.items()
+        for group in method.param_groups(list(parameters.values()), lr)
+    ]

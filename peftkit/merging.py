@@ -1,7 +1,7 @@
 """Folds adapters into the weights, and unfolds them exactly: the originals are put aside, not computed back."""
 
 import dataclasses
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,20 +40,29 @@ def merge(model: nn.Module, name: str | None = None, *, keep_base: bool = True, 
     layers = known.layers(names)
 
     def change() -> nn.Module:
-        stash = tuple((layer, weight, layer._parameters[weight]) for layer, weight, _ in folded)
-        for layer, weight, value in folded:
+        stash = tuple((layer, weight, original) for layer, weight, original, _ in folded)
+        for layer, weight, _, value in folded:
             layer._parameters[weight] = nn.Parameter(value, requires_grad=False)
         running = known.active[len(names) :]
         for layer in layers:
             if "_peftkit_layer" in layer.__dict__:
                 set_running(layer, running)
         write_record(root, dataclasses.replace(known, merged=names, stash=stash if keep_base else ()))
-        return model if keep_base else remove(model, names)
+        if keep_base:
+            return model
+        if tied is True and untie:
+            # Or the saved model would be tied again when transformers loads it.
+            config.tie_word_embeddings = False
+        return remove(model, names)
 
-    merged = atomically(root, known.layers(known.adapters), change)
-    if not keep_base and untie and getattr(getattr(root, "config", None), "tie_word_embeddings", None) is True:
-        _record_untied(root)
-    return merged
+    config: Any = getattr(root, "config", None)
+    tied = getattr(config, "tie_word_embeddings", None)
+    try:
+        return atomically(root, known.layers(known.adapters), change)
+    except BaseException:
+        if tied is True:
+            config.tie_word_embeddings = True
+        raise
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -96,7 +105,9 @@ def _names_to_merge(known: Installed, name: str | None, *, keep_base: bool) -> t
     if name is not None:
         known.placements(name)
         if name not in known.active:
-            raise StateError(f"adapter {name!r} does not run now; call peftkit.activate(model, {name!r}) first, then merge")
+            raise StateError(
+                f"adapter {name!r} does not run now; call peftkit.activate(model, {name!r}) first, then merge"
+            )
         if known.active[0] != name:
             raise StateError(
                 f"adapter {known.active[0]!r} runs before {name!r}, and would run after it once {name!r} is merged; "
@@ -104,7 +115,9 @@ def _names_to_merge(known: Installed, name: str | None, *, keep_base: bool) -> t
             )
         return (name,)
     if not known.active:
-        raise StateError(f"no adapter runs now; call peftkit.activate first (this model has {', '.join(known.adapters)})")
+        raise StateError(
+            f"no adapter runs now; call peftkit.activate first (this model has {', '.join(known.adapters)})"
+        )
     left = [other for other in known.adapters if other not in known.active]
     if left and not keep_base:
         raise StateError(
@@ -114,8 +127,10 @@ def _names_to_merge(known: Installed, name: str | None, *, keep_base: bool) -> t
     return known.active
 
 
-def _fold(root: nn.Module, known: Installed, names: tuple[str, ...], *, untie: bool) -> list[tuple[nn.Module, str, Tensor]]:
-    """The merged values: layer, parameter's name, new tensor as the layer stores it. Nothing is changed yet."""
+def _fold(
+    root: nn.Module, known: Installed, names: tuple[str, ...], *, untie: bool
+) -> list[tuple[nn.Module, str, nn.Parameter, Tensor]]:
+    """What changes: layer, parameter's name, its original, and its merged value. Nothing is changed yet."""
     paths: dict[int, tuple[str, nn.Module]] = {}
     for name in names:
         for placement in known.adapters[name]:
@@ -142,29 +157,26 @@ def _fold(root: nn.Module, known: Installed, names: tuple[str, ...], *, untie: b
                 value = compose(layer, weight, raw.detach(), steps, dropping=False, at_least=torch.float32)
                 value = torch.empty_like(raw).copy_(value)
             if not raw.is_meta and not value.isfinite().all():
-                raise UnsupportedLayerError(f"the merged {path}.{weight} is not finite; look at its adapter, it is not merged")
-            folded.append((layer, weight, value))
+                raise UnsupportedLayerError(
+                    f"the merged {path}.{weight} is not finite; look at its adapter, it is not merged"
+                )
+            folded.append((layer, weight, raw, value))
     if not untie:
         _refuse_tied(root, folded)
     return folded
 
 
-def _refuse_tied(root: nn.Module, folded: list[tuple[nn.Module, str, Tensor]]) -> None:
+def _refuse_tied(root: nn.Module, folded: list[tuple[nn.Module, str, nn.Parameter, Tensor]]) -> None:
     """A weight with another holder would change in one of the two alone."""
-    holders: Mapping[int, list[str]] = {}
+    holders: dict[int, list[str]] = {}
     for path, module in modules_of(root).items():
         for weight, p in module._parameters.items():
             if p is not None:
-                holders.setdefault(id(p), []).append(f"{path}.{weight}" if path else weight)  # type: ignore[attr-defined]
-    for layer, weight, _ in folded:
-        names = holders[id(layer._parameters[weight])]
+                holders.setdefault(id(p), []).append(f"{path}.{weight}" if path else weight)
+    for _, _, original, _ in folded:
+        names = holders[id(original)]
         if len(names) > 1:
             raise UnsupportedLayerError(
                 f"{' and '.join(names)} are one tied weight; merging would change what one of them computes and not the other. "
                 "To make them separate weights, merge(model, untie=True)"
             )
-
-
-def _record_untied(root: nn.Module) -> None:
-    """Tell a transformers configuration, or reloading the saved model would tie the weights again."""
-    root.config.tie_word_embeddings = False  # type: ignore[union-attr]

@@ -91,6 +91,8 @@ class Method(ABC):
     def __str__(self) -> str:
         """The name, with the fields that differ from their defaults: `lora(rank=16)`."""
         changed = [
-            f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
         ]
         return f"{self.name}({', '.join(changed)})" if changed else self.name

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from peftkit import plugins
 from peftkit.adapter import Site, adapter_dtype
@@ -111,9 +111,7 @@ class Plan:
             shape = "×".join(map(str, row.shape))
             lines[path or "(the model)", row.layer, row.weight, shape, roles, row.method, str(row.parameters)] += 1
         headers = ["path", "layer", "weight", "matrix", "role", "method", "each", "sites", "trainable"]
-        cells = [
-            [*line[:-1], f"{int(line[-1]):,}", f"{n:,}", f"{int(line[-1]) * n:,}"] for line, n in lines.items()
-        ]
+        cells = [[*line[:-1], f"{int(line[-1]):,}", f"{n:,}", f"{int(line[-1]) * n:,}"] for line, n in lines.items()]
         share = f" ({self.trainable / self.total:.2%} of it)" if self.total else ""
         return "\n".join(
             [
@@ -181,8 +179,7 @@ def make_method(method: str | Method, hyperparameters: Mapping[str, Any]) -> Met
     if isinstance(method, str):
         return plugins.method(method)(**hyperparameters)
     if not isinstance(method, Method):
-        hint = f"; make one of it: {method.__name__}()" if isinstance(method, type) and issubclass(method, Method) else ""
-        raise FieldError(f"a method is a name or a peftkit.Method, got {method!r}{hint}")
+        raise FieldError(f"a method is a name or a peftkit.Method such as peftkit.LoRA(), got {method!r}")
     if hyperparameters:
         raise FieldError(
             f"{method} has its hyperparameters already, got {', '.join(hyperparameters)} besides; "
@@ -261,7 +258,7 @@ class _Resolution:
         order = {key: i for i, key in enumerate(self._keys())}
         steps = tuple(taken[key] for key in sorted(taken, key=lambda key: order[key]))
         parameters = {id(p): p for m in self.modules.values() for _, p in _parameters(m) if p is not None}
-        total = sum(p.numel() for p in parameters.values() if not is_lazy(p))
+        total = sum(0 if is_lazy(p) else p.numel() for p in parameters.values())
         return Plan(steps, tuple(hits), self.roles, total)
 
     def _keys(self) -> Iterator[tuple[int, str]]:
@@ -374,7 +371,9 @@ class _Resolution:
     def _no_site(self, selector: Selector, method: Method, matching: list[Candidate]) -> str:
         first = matching[0]
         what = f"{first.path or 'the model'} ({base_class(first.module).__name__})"
-        text = f"selector {describe(selector)!r} matches {what}" + (f" and {len(matching) - 1} more" if matching[1:] else "")
+        text = f"selector {describe(selector)!r} matches {what}" + (
+            f" and {len(matching) - 1} more" if matching[1:] else ""
+        )
         if first.parameter is not None:
             return f"{text}, a vector, which {method.name} cannot adapt; {method.name} adapts matrices"
         if first.module._modules:
@@ -430,6 +429,11 @@ def _fits(kind: Any, layer: nn.Module, weight: str) -> bool:
     if is_lazy(raw):
         return True  # site_of explains
     return isinstance(raw, Tensor) and raw.is_floating_point() and raw.numel() == kind.stored_size(layer, weight)
+
+
+def is_lazy(raw: Any) -> bool:
+    """Whether a parameter has no shape yet."""
+    return isinstance(raw, (UninitializedParameter, UninitializedBuffer))
 
 
 def _is_sharded(raw: Any) -> bool:

@@ -137,15 +137,23 @@ def _offered(plugin: Any, name: str, owner: str) -> type[Method]:
         if not before:
             manager.register(plugin)
             manager.check_pending()
-        offered = [m for hook in manager.hook.peftkit_methods.get_hookimpls() if hook.plugin is plugin for m in hook.function()]
+        hooks = [hook for hook in manager.hook.peftkit_methods.get_hookimpls() if hook.plugin is plugin]
+        offered = [method for hook in hooks for method in _call(hook)]
         found = [m for m in offered if isinstance(m, type) and issubclass(m, Method) and m.name == name]
         if len(found) != 1:
-            raise PluginError(f"its hook peftkit_methods offers {[getattr(m, 'name', m) for m in offered]}, not {name!r} once")
+            raise PluginError(
+                f"its hook peftkit_methods offers {[getattr(m, 'name', m) for m in offered]}, not {name!r} once"
+            )
     except Exception as error:
         if not before and manager.is_registered(plugin):
             manager.unregister(plugin)
         raise PluginError(f"cannot load method {name!r} from {owner}: {type(error).__name__}: {error}") from error
     return found[0]
+
+
+def _call(hook: pluggy.HookImpl) -> list[Any]:
+    offered: Any = hook.function()
+    return list(offered)
 
 
 def kind_of(layer_class: type[nn.Module]) -> tuple[LayerKind, type] | None:
@@ -182,9 +190,11 @@ def _kind_named(qualified_name: str) -> LayerKind | None:
     if len(points) > 1:
         raise PluginError(f"layer kind {qualified_name!r} is offered by {owners}; uninstall all but one of them")
     try:
-        kinds = [kind for kind in points[0].load().peftkit_layers() if kind.serves == qualified_name]
+        kinds: list[type[LayerKind]] = [k for k in points[0].load().peftkit_layers() if k.serves == qualified_name]
     except Exception as error:
-        raise PluginError(f"cannot load layer kind {qualified_name!r} from {owners}: {type(error).__name__}: {error}") from error
+        raise PluginError(
+            f"cannot load layer kind {qualified_name!r} from {owners}: {type(error).__name__}: {error}"
+        ) from error
     if len(kinds) != 1:
         raise PluginError(f"{owners} offers no layer kind that serves {qualified_name!r}, though its metadata says so")
     return kinds[0]()
@@ -197,7 +207,5 @@ def _layer_points() -> list[EntryPoint]:
 
 @functools.cache
 def _builtin_kinds() -> dict[str, LayerKind]:
-    manager = _manager()
-    manager.register(layers)
-    return {kind.serves: kind() for kinds in manager.hook.peftkit_layers() for kind in kinds}
-
+    _manager().register(layers)
+    return {kind.serves: kind() for kind in layers.peftkit_layers()}

@@ -14,8 +14,6 @@ from torch.nn.parameter import UninitializedParameter
 
 _ATTENTION = re.compile("attn|attention|attend")
 _MLP = re.compile("mlp|ffn|feed_?forward|expert")  # never "moe": GraniteMoeHybridMambaLayer is no MLP
-_LISTS = (nn.ModuleList, nn.Sequential)
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
 def find_roles(model: nn.Module, family: Callable[[nn.Module], str | None]) -> dict[str, frozenset[str]]:
@@ -75,14 +73,9 @@ class _Node:
             node = node.parent
 
     @property
-    def is_leaf(self) -> bool:
-        """Whether it has no children."""
-        return next(self.module.children(), None) is None
-
-    @property
     def is_block(self) -> bool:
-        """Whether this is an element of a list, and has layers of its own."""
-        return self.parent is not None and isinstance(self.parent.module, _LISTS) and not self.is_leaf
+        """Whether this is an element of a list; only ancestors are asked, so it is no leaf."""
+        return self.parent is not None and isinstance(self.parent.module, nn.ModuleList | nn.Sequential)
 
 
 def _walk(model: nn.Module, family: Callable[[nn.Module], str | None]) -> list[_Node]:
@@ -93,7 +86,7 @@ def _walk(model: nn.Module, family: Callable[[nn.Module], str | None]) -> list[_
         if node.hint == "attention" and node.family in {"linear", "attention"}:
             for above in node.ancestors():
                 above.holds_attention |= above.depth < node.hint_depth
-        if node.family == "conv" or isinstance(module, _RECURRENT):
+        if node.family == "conv" or isinstance(module, nn.RNNBase | nn.RNNCellBase):
             for above in node.ancestors():
                 above.holds_mixer = True
     return list(nodes.values())
@@ -104,9 +97,9 @@ def _layer_roles(node: _Node) -> set[str]:
         return {node.family} | ({part} if (part := _part(node)) else set())
     if node.family in {"conv", "embedding", "norm"}:
         return {node.family}
-    named_norm = node.family is None and "norm" in node.names[1] and node.is_leaf
-    if named_norm and any(_dimensions(parameter) == 1 for parameter in node.module.parameters(recurse=False)):
-        return {"norm"}
+    if node.family is None and "norm" in node.names[1] and next(node.module.children(), None) is None:
+        vectors = [parameter for parameter in node.module.parameters(recurse=False) if _dimensions(parameter) == 1]
+        return {"norm"} if vectors else set()
     return set()
 
 

@@ -232,9 +232,9 @@ class _Automaton:
             self._groups.append(_Group(self.state, self._new(), self._opens))
         elif part == "}" or (part == "," and self._groups):
             self._end_alternative(closes=part == "}")
-        elif len(part) > 1 and self._groups:
+        elif len(part) > 1:
             self._range(*part.split(".."))
-        elif len(part) > 1 or part == ".":
+        elif part == ".":
             self._dot()
         elif part in "?[]":
             raise self._malformed(f"{part!r} is no wildcard; list choices in braces, {{a,b}}, or compile a regex")
@@ -290,6 +290,8 @@ class _Automaton:
             self._groups.pop()
 
     def _range(self, low: str, high: str) -> None:
+        if not self._groups:
+            raise self._malformed(f"{low}..{high} stands outside of braces; write {{{low}..{high}}}")
         if any(x != "0" and x.startswith("0") for x in (low, high)):
             raise self._malformed(f"{low}..{high} has leading zeros, which no index has")
         if (len(low), low) > (len(high), high):

@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+import types
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -134,14 +135,14 @@ def _make_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
         "__reduce_ex__": _reduce,
         **{name: _property(name) for name in names},
     }
-    swapped = type(base)(base.__name__, (base,), namespace)
+    swapped: type[nn.Module] = types.new_class(base.__name__, (base,), exec_body=lambda body: body.update(namespace))
     return swapped
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:  # noqa: ARG001 - pickle's own signature
     """Copy and pickle by the base class, which can be imported. The state is asked for, because recurrent layers clean theirs."""
     state = self.__dict__[_LAYER]
-    return _rebuild, (state.base, tuple(state.kinds)), self.__getstate__()  # type: ignore[attr-defined]
+    return _rebuild, (state.base, tuple(state.kinds)), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
@@ -214,17 +215,23 @@ def adapted_parameter(layer: nn.Module, name: str) -> Any:
     return compose(layer, name, raw, steps, dropping=True)
 
 
+def adapters_in(layer: nn.Module, name: str) -> dict[str, Any]:
+    """The adapters that one name has in a layer, by weight; empty when it has none there."""
+    container: Any = layer._modules.get("adapters")
+    group = None if container is None else container._modules.get(name)
+    return {} if group is None else group._modules
+
+
 def steps_for(layer: nn.Module, name: str, adapters: Iterable[str]) -> Iterator[tuple[Adapter, str]]:
     """What is applied to parameter `name`, in order: each adapter, and whether by its `weight` or by its `bias`."""
     state = layer.__dict__[_LAYER]
-    groups = layer._modules["adapters"]._modules  # type: ignore[union-attr]
     owner = state.bias_of.get(name)
     for adapter_name in adapters:
-        group = groups[adapter_name]._modules if adapter_name in groups else {}  # type: ignore[union-attr]
+        group = adapters_in(layer, adapter_name)
         if name in group:
-            yield group[name], "weight"  # type: ignore[misc]
-        if owner in group and type(group[owner]).bias is not Adapter.bias:  # type: ignore[union-attr, index]
-            yield group[owner], "bias"  # type: ignore[index, misc]
+            yield group[name], "weight"
+        if owner is not None and owner in group and type(group[owner]).bias is not Adapter.bias:
+            yield group[owner], "bias"
 
 
 def compose(
@@ -283,17 +290,14 @@ def _no_autocast(device: str) -> Any:
 
 def set_running(layer: nn.Module, adapters: Iterable[str]) -> None:
     """Make these adapters, where the layer has them, the ones that run in it, in this order."""
-    container = layer._modules.get("adapters")
-    groups = {} if container is None else container._modules
-    present = [name for name in adapters if name in groups]
-    layer.__dict__[_RUNNING] = _running(layer, groups, tuple(present)) if present else None
+    sites = {name: here for name in adapters if (here := adapters_in(layer, name))}
+    layer.__dict__[_RUNNING] = _running(layer, sites) if sites else None
 
 
-def _running(layer: nn.Module, groups: dict[str, nn.Module | None], present: tuple[str, ...]) -> Running:
+def _running(layer: nn.Module, sites: dict[str, dict[str, Any]]) -> Running:
     state = layer.__dict__[_LAYER]
-    sites = {name: groups[name]._modules for name in present}  # type: ignore[union-attr]
-    around = tuple(n for n in present if any(isinstance(a, Activation) for a in sites[n].values()))
-    names = tuple(n for n in present if any(isinstance(a, Adapter) for a in sites[n].values()))
+    around = tuple(n for n, here in sites.items() if any(isinstance(a, Activation) for a in here.values()))
+    names = tuple(n for n, here in sites.items() if any(isinstance(a, Adapter) for a in here.values()))
     weights = {weight for n in names for weight in sites[n] if weight != "module"}
     fused = None
     if len(weights) == 1 and state.fusable and state.kind.fuses(layer):
@@ -303,10 +307,11 @@ def _running(layer: nn.Module, groups: dict[str, nn.Module | None], present: tup
     return Running(names, around, fused)
 
 
-def _sums(adapter: nn.Module | None) -> bool:
+def _sums(adapter: nn.Module) -> bool:
     """Whether the adapter only adds its product to the weight, so that several of them are a sum."""
-    own = type(adapter)
-    return isinstance(adapter, LowRank) and own.weight is LowRank.weight and own.bias is Adapter.bias
+    if not isinstance(adapter, LowRank):
+        return False
+    return type(adapter).weight is LowRank.weight and type(adapter).bias is Adapter.bias
 
 
 def _run(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -326,23 +331,20 @@ def _run_adapters(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any
         return forward(layer, *args, **kwargs)
     call = functools.partial(_run_weights, running=running, forward=forward)
     for name in running.around:
-        adapter = layer._modules["adapters"]._modules[name]._modules["module"]  # type: ignore[union-attr]
-        call = functools.partial(_surround, adapter=adapter, call=call)
+        call = functools.partial(_surround, adapter=adapters_in(layer, name)["module"], call=call)
     return call(layer, *args, **kwargs)
 
 
 def _surround(layer: nn.Module, *args: Any, adapter: Activation, call: Callable[..., Any], **kwargs: Any) -> Any:
-    return adapter(Base(layer, _parameter_names(base_class(layer)), call), *args, **kwargs)
+    return adapter(Base(layer, _parameter_names(base_class(layer).forward), call), *args, **kwargs)
 
 
 @functools.lru_cache(maxsize=1024)
-def _parameter_names(module_class: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(module_class.forward).parameters)[1:]
+def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
-def _run_weights(
-    layer: nn.Module, *args: Any, running: Running, forward: Callable[..., Any], **kwargs: Any
-) -> Any:
+def _run_weights(layer: nn.Module, *args: Any, running: Running, forward: Callable[..., Any], **kwargs: Any) -> Any:
     if not running.names:
         return forward(layer, *args, **kwargs)
     if running.fused and len(args) == 1 and not kwargs and _is_frozen(layer, running.fused):
@@ -367,9 +369,8 @@ def _run_fused(layer: nn.Module, running: Running, weight: str, x: Any) -> Any:
     kind = layer.__dict__[_LAYER].kind
     bias = kind.weights(layer)[weight]
     y = kind.plain(layer, x, raw_parameter(layer, weight), raw_parameter(layer, bias) if bias else None)
-    groups = layer._modules["adapters"]._modules  # type: ignore[union-attr]
     for name in running.names:
-        adapter: LowRank = groups[name]._modules[weight]  # type: ignore[union-attr, assignment]
+        adapter: LowRank = adapters_in(layer, name)[weight]
         up, down, scale = adapter("factors")
         dropout = adapter.dropout if adapter.training else 0.0
         delta = kind.low_rank(layer, x, up.to(y.dtype), down.to(y.dtype), scale, dropout)
@@ -412,7 +413,7 @@ def _refuse_changed_recompute(layer: nn.Module, running: Running | None) -> None
 
 
 class _InstanceForward:
-    """Stands in for a `forward` that somebody put on the layer itself (fused kernels do), with the adapters around it."""
+    """Stands in for a `forward` that somebody put on the layer itself (fused kernels do), and runs the adapters too."""
 
     def __init__(self, layer: nn.Module, original: Callable[..., Any]) -> None:
         self.layer = layer

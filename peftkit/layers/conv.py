@@ -6,6 +6,7 @@ kernel]` and a low-rank update `up @ down` shares `down` among the groups.
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,27 +39,25 @@ class _Conv(LayerKind):
 
     def restore(self, layer: _ConvNd, weight: str, m: Tensor) -> Tensor:
         """Unflatten each row into a kernel."""
-        return m.unflatten(1, self._kernel(layer))
+        return m.reshape(-1, *self._kernel(layer))
 
     def fuses(self, layer: _ConvNd) -> bool:
         """Always: padding modes, strides, dilation and groups are the layer's own."""
         return True
 
-    def plain(self, layer: _ConvNd, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    def plain(self, layer: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """The convolution, with the layer's padding mode."""
-        return layer._conv_forward(x, w, b)  # type: ignore[operator, no-any-return]
+        return layer._conv_forward(x, w, b)  # type: ignore[no-any-return]
 
-    def low_rank(
-        self, layer: _ConvNd, x: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float
-    ) -> Tensor:
+    def low_rank(self, layer: Any, x: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float) -> Tensor:
         """A convolution like the layer's to `groups * rank` channels, then a pointwise one to the output's."""
         if dropout:
             x = F.dropout(x, dropout)
         rank, groups = down.shape[0], layer.groups
-        kernels = down.unflatten(1, self._kernel(layer))
+        kernels = down.reshape(-1, *self._kernel(layer))
         if groups > 1:
             kernels = kernels.repeat(groups, *(1 for _ in kernels.shape[1:]))
-        h = layer._conv_forward(x, kernels, None) * scale  # type: ignore[operator]
+        h = layer._conv_forward(x, kernels, None) * scale
         dims = len(layer.kernel_size)
         return _POINTWISE[dims](h, up.reshape(-1, rank, *(1 for _ in range(dims))), groups=groups)
 

@@ -31,7 +31,7 @@ class Embedding(LayerKind):
     def restore(self, layer: nn.Embedding, weight: str, m: Tensor) -> Tensor:
         """Transpose back."""
         w = m.mT
-        return _DenseGradient.apply(w) if layer.sparse and w.requires_grad else w  # type: ignore[no-untyped-call,no-any-return]
+        return _DenseGradient.apply(w) if layer.sparse and w.requires_grad else w  # type: ignore[no-untyped-call]
 
     def fuses(self, layer: nn.Embedding) -> bool:
         """Not with `max_norm` or `scale_grad_by_freq`: these act on whole rows of the adapted weight."""
@@ -66,5 +66,5 @@ class _DenseGradient(torch.autograd.Function):
         return w.view_as(w)
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ARG004
+    def backward(ctx: object, grad: Tensor) -> Tensor:  # noqa: ARG004
         return grad.to_dense() if grad.is_sparse else grad

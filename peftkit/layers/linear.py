@@ -1,6 +1,7 @@
 """Linear layers: `nn.Linear`, and transformers' `Conv1D`, which is one with its weight transposed."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +32,7 @@ class Linear(LayerKind):
         """`x @ w.T + b`."""
         return F.linear(x, w, b)
 
-    def low_rank(
-        self, layer: nn.Linear, x: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float
-    ) -> Tensor:
+    def low_rank(self, layer: nn.Linear, x: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float) -> Tensor:
         """`x [..., in] -> [..., out]` by way of `[..., rank]`."""
         if dropout:
             x = F.dropout(x, dropout)
@@ -47,18 +46,18 @@ class Conv1D(Linear):
 
     serves = "transformers.pytorch_utils.Conv1D"
 
-    def shape(self, layer: nn.Module, weight: str) -> tuple[int, ...]:  # type: ignore[override]
+    def shape(self, layer: Any, weight: str) -> tuple[int, ...]:
         """`[nf, nx]`, in that class's own names."""
-        return (int(layer.nf), int(layer.nx))  # type: ignore[arg-type]
+        return (int(layer.nf), int(layer.nx))
 
-    def matrix(self, layer: nn.Module, weight: str, w: Tensor) -> Tensor:
+    def matrix(self, layer: Any, weight: str, w: Tensor) -> Tensor:
         """Transpose."""
         return w.mT
 
-    def restore(self, layer: nn.Module, weight: str, m: Tensor) -> Tensor:
+    def restore(self, layer: Any, weight: str, m: Tensor) -> Tensor:
         """Transpose back."""
         return m.mT
 
-    def plain(self, layer: nn.Module, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    def plain(self, layer: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """`x @ w + b`, by one `addmm` on the flattened input, as that class does it."""
-        return torch.addmm(b, x.reshape(-1, x.shape[-1]), w).unflatten(0, x.shape[:-1])  # type: ignore[arg-type]
+        return torch.addmm(b, x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[1])  # type: ignore[arg-type]

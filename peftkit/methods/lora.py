@@ -74,6 +74,8 @@ class _LoRA(peftkit.LowRank):
         self.down = site.parameter(down)
         self.up = site.parameter(up)
         subtracts = method.init in ("orthogonal", "pissa", "olora")
+        self.start_down: Tensor | None
+        self.start_up: Tensor | None
         self.register_buffer("start_down", self.down.detach().clone() if subtracts else None)
         self.register_buffer("start_up", self.up.detach().clone() if subtracts else None)
 
@@ -81,7 +83,9 @@ class _LoRA(peftkit.LowRank):
         return self.up, self.down, self.scale
 
     def start(self) -> tuple[Tensor, Tensor] | None:
-        return None if self.start_up is None else (self.start_up, self.start_down)
+        if self.start_up is None or self.start_down is None:
+            return None
+        return self.start_up, self.start_down
 
 
 def _factors(site: peftkit.Site, method: LoRA) -> tuple[Tensor, Tensor]:

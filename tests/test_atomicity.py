@@ -1,0 +1,185 @@
+"""Whatever happens inside an operation, the model is either as it was or as it should be, never in between.
+
+A tracing function raises at the k-th line that peftkit executes, for every k: no place is left where an exception, or a
+Ctrl-C, could leave half of the work done.
+"""
+
+import copy
+import linecache
+import sys
+from pathlib import Path
+
+import peftkit
+import pytest
+import torch
+from torch import nn
+
+HERE = str(Path(peftkit.__file__).parent)
+
+
+class Planted(BaseException):
+    """Like KeyboardInterrupt, no Exception: nothing may swallow it."""
+
+
+class Reader(nn.Module):
+    """Reads its child's weight itself, so that wrapping swaps its class too."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(6, 6)
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x):
+        return self.norm(x @ self.proj.weight.mT)
+
+
+def make_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), Reader(), nn.Linear(6, 6), nn.Linear(6, 2)).eval()
+    model[2].weight.requires_grad_(False)
+    return model
+
+
+RULES = {"{0,2}": peftkit.LoRA(rank=2), "**.proj": peftkit.LoRA(rank=1), "3": peftkit.Full(keep_base=True), "**.norm": "full"}
+
+
+def wrapped():
+    torch.manual_seed(1)
+    model = peftkit.wrap(make_model(), RULES, name="a")
+    return peftkit.wrap(model, "lora", targets="0", init="gaussian", name="b")
+
+
+def merged():
+    return peftkit.merge(wrapped())
+
+
+def state_of(model):
+    """Everything that an operation could change: classes, attributes, registers, flags, identities and values."""
+    modules = [(path, type(m), m.training, list(m._modules), list(m._parameters), sorted(m.__dict__)) for path, m in model.named_modules()]
+    own = [(name, id(p), p.requires_grad, p.detach().clone()) for name, p in model.named_parameters(remove_duplicate=False)]
+    running = [repr(m.__dict__.get("_peftkit_running")) for m in model.modules()]
+    record = model.__dict__.get("_peftkit_installed")
+    known = record and (list(record.adapters), record.active, record.merged, [(w, id(p)) for _, w, p in record.stash])
+    return modules, own, running, known
+
+
+def assert_same(before, after):
+    for a, b in zip((before[0], before[2], before[3]), (after[0], after[2], after[3]), strict=True):
+        assert a == b
+    assert [entry[:3] for entry in before[1]] == [entry[:3] for entry in after[1]]
+    assert all(torch.equal(a[3], b[3]) for a, b in zip(before[1], after[1], strict=True))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("adapters") / "a.safetensors"
+    peftkit.save(wrapped(), path, "a")
+    return path
+
+
+OPERATIONS = {
+    "wrap": (make_model, lambda model, _: peftkit.wrap(model, RULES)),
+    "wrap another": (wrapped, lambda model, _: peftkit.wrap(model, "lora", targets="{0,2}", name="c")),
+    "unwrap": (wrapped, lambda model, _: peftkit.unwrap(model)),
+    "unwrap one": (wrapped, lambda model, _: peftkit.unwrap(model, "b")),
+    "merge": (wrapped, lambda model, _: peftkit.merge(model)),
+    "merge for good": (wrapped, lambda model, _: peftkit.merge(model, keep_base=False)),
+    "unmerge": (merged, lambda model, _: peftkit.unmerge(model)),
+    "activate": (wrapped, lambda model, _: peftkit.activate(model, "b", "a")),
+    "load": (make_model, lambda model, file: peftkit.load(model, file)),
+}
+
+
+def run_until(line, operation, model, file):
+    """Run an operation, and raise at the given line of peftkit's code, counted as executed. Returns how many lines ran."""
+    seen = 0
+
+    def trace(frame, event, arg):
+        nonlocal seen
+        if not frame.f_code.co_filename.startswith(HERE):
+            return None
+        # Python itself calls no `__exit__` for what is raised on a `with` line, so none is raised there.
+        if event == "line" and not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+            seen += 1
+            if seen == line:
+                raise Planted
+        return trace
+
+    sys.settrace(trace)
+    try:
+        operation(model, file)
+    finally:
+        sys.settrace(None)
+    return seen
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_exception_at_any_line_leaves_the_model_untouched(name, file):
+    """Every line of every operation fails once; each time the model is bit for bit what it was."""
+    make, operation = OPERATIONS[name]
+    lines = run_until(-1, operation, make(), file)
+    assert lines > 50
+    model = make()
+    before = state_of(model)
+    step = max(1, lines // 400)
+    for line in {*range(1, lines + 1, step), *range(max(1, lines - 150), lines + 1)}:
+        with pytest.raises(Planted):
+            run_until(line, operation, model, file)
+        assert_same(before, state_of(model))
+    operation(model, file)  # and it still works
+
+
+def test_the_line_tracer_would_notice_a_half_done_operation(monkeypatch, file):
+    """The planted fault: without the undo, this very check fails."""
+    monkeypatch.setattr(peftkit.installed._Snapshot, "restore", lambda self: None)
+    make, operation = OPERATIONS["wrap"]
+    lines = run_until(-1, operation, make(), file)
+    differing = 0
+    for line in range(lines - 200, lines, 5):
+        model = make()
+        before = state_of(model)
+        with pytest.raises(Planted):
+            run_until(line, operation, model, file)
+        try:
+            assert_same(before, state_of(model))
+        except (AssertionError, ValueError):
+            differing += 1
+    assert differing > 5
+
+
+def test_a_failing_method_leaves_the_model_untouched():
+    """A plugin that raises at its second site has changed nothing."""
+
+    class Failing(peftkit.Method):
+        name = "failing"
+        made = 0
+
+        def adapter(self, site, shared=None):
+            if site.path == "2":
+                raise RuntimeError("no")
+            return peftkit.LoRA().adapter(site)
+
+    model = make_model()
+    before = state_of(model)
+    with pytest.raises(RuntimeError, match="no"):
+        peftkit.wrap(model, Failing())
+    assert_same(before, state_of(model))
+
+
+def test_using_restores_after_an_exception():
+    """A `with` block that raises leaves the adapters active that were."""
+    model = peftkit.wrap(peftkit.wrap(make_model(), "lora", name="a"), "lora", name="b")
+    before = state_of(model)
+    with pytest.raises(Planted), peftkit.using(model, "b"):
+        raise Planted
+    with pytest.raises(Planted), peftkit.disabled(model):
+        raise Planted
+    assert_same(before, state_of(model))
+
+
+def test_the_copy_of_a_model_is_independent():
+    """What happens to a deep copy does not reach the original."""
+    model = wrapped()
+    before = state_of(model)
+    peftkit.unwrap(peftkit.unmerge(peftkit.merge(copy.deepcopy(model))), "b")
+    assert_same(before, state_of(model))
