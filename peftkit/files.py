@@ -6,9 +6,7 @@
 """
 
 import contextlib
-import ctypes
 import dataclasses
-import hashlib
 import json
 import os
 import secrets
@@ -21,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from peftkit import plugins
+from peftkit import manifests, plugins
 from peftkit.adapter import Activation, Adapter, Site
 from peftkit.errors import (
     BaseMismatchError,
@@ -36,18 +34,10 @@ from peftkit.errors import (
 from peftkit.install import build, check_name, install
 from peftkit.installed import Placement, inner, installed, record
 from peftkit.method import Method
-from peftkit.plan import find_model_roles, module_site, modules_of, site_of
-from peftkit.swap import base_class, raw_parameter
-
-FORMAT = 1
-"""Version of the file format; a reader refuses a later one."""
+from peftkit.resolve import find_model_roles, module_site, modules_of, site_of
 
 MAX_HEADER = 100_000_000
 """The longest header that is read, in bytes: safetensors' own limit."""
-
-_SAMPLES = 8
-"""How many values of each base weight a file remembers, to tell one base from another of the same shapes."""
-
 
 # ------------------------------------------------------------------------------------------- state dicts
 
@@ -120,12 +110,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     The file holds the adapter's tensors, the method with its fields for every site, the sites' resolved paths, a fingerprint of the
     base, and a digest of everything. The same adapter gives the same bytes.
 
-    >>> import tempfile, torch, peftkit
+    >>> import os, tempfile, torch, peftkit
     >>> model = peftkit.wrap(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)), "lora")
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     peftkit.save(model, f"{folder}/adapter.safetensors")
-    ...     fresh = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
-    ...     fresh = peftkit.load(fresh, f"{folder}/adapter.safetensors", check_base=False)
+    ...     sorted(os.listdir(folder))
+    ['adapter.safetensors']
     """
     if format != "peftkit":
         raise FileError(f"no format called {format!r} is known; this version writes 'peftkit'")
@@ -138,9 +128,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         if tensor.is_meta:
             raise FileError(f"{key} is on the meta device and has no values; give the model real weights first")
     held = {key: tensor.to("cpu").contiguous() for key, tensor in sorted(tensors.items())}
-    manifest = _manifest(name, placements, held, _originals(model))
+    manifest = manifests.describe(name, placements, held, _originals(model))
     # One metadata key: the library writes several in an order that differs from run to run.
-    sealed = json.dumps({"manifest": manifest, "sha256": _digest(_canonical(manifest))}, ensure_ascii=False)
+    sealed = json.dumps(
+        {"manifest": manifest, "sha256": manifests.digest(manifests.canonical(manifest))}, ensure_ascii=False
+    )
     _write(Path(path), safetensors.torch.save(_unshared(held), {"peftkit": sealed}))
 
 
@@ -158,91 +150,6 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _originals(model: nn.Module) -> dict[tuple[int, str], Tensor]:
     """Where adapters are merged, the base weights that they replaced."""
     return {(id(layer), weight): original for layer, weight, original in installed(model).stash}
-
-
-def _manifest(
-    name: str,
-    placements: tuple[Placement, ...],
-    tensors: Mapping[str, Tensor],
-    originals: Mapping[tuple[int, str], Tensor],
-) -> dict[str, Any]:
-    methods = list(dict.fromkeys(placement.method for placement in placements))
-    packages = {info.name: info for info in plugins.methods()}
-    sites = []
-    for placement in placements:
-        raw = originals.get((id(placement.layer), placement.weight))
-        sites.append(
-            {
-                "path": placement.path,
-                "weight": placement.weight,
-                "method": methods.index(placement.method),
-                "in_place": placement.adapter is None,
-                **_base_facts(placement.layer, placement.weight, raw, in_place=placement.adapter is None),
-            }
-        )
-    return {
-        "format": FORMAT,
-        "name": name,
-        "methods": [
-            {
-                "name": method.name,
-                "fields": method.fields(),
-                "package": packages[method.name].package if method.name in packages else "",
-                "version": packages[method.name].version if method.name in packages else "",
-            }
-            for method in methods
-        ],
-        "sites": sites,
-        "fingerprint": _fingerprint(sites),
-        "tensors": {key: _tensor_digest(tensor) for key, tensor in tensors.items()},
-    }
-
-
-def _base_facts(layer: nn.Module, weight: str, raw: Tensor | None = None, *, in_place: bool) -> dict[str, Any]:
-    """What a file remembers of the base at one site: its type, its shape, and a few of its values."""
-    if weight == "module":
-        return {"layer": base_class(layer).__qualname__, "shape": [], "sample": None}
-    raw = raw_parameter(layer, weight) if raw is None else raw
-    return {
-        "layer": base_class(layer).__qualname__,
-        "shape": list(raw.shape),
-        "sample": None if in_place or raw.is_meta else _sample(raw),
-    }
-
-
-def _sample(raw: Tensor) -> str:
-    """A few values, evenly spread, as bfloat16 in hexadecimal: the same for a base in float32 and in bfloat16."""
-    if raw.numel() == 0:
-        return ""
-    places = torch.linspace(0, raw.numel() - 1, _SAMPLES, dtype=torch.float64, device="cpu").long()
-    values = (
-        raw.detach()[torch.unravel_index(places.to(raw.device), raw.shape)]
-        if raw.dim()
-        else raw.detach().repeat(_SAMPLES)
-    )
-    sample = values.to(device="cpu", dtype=torch.bfloat16).contiguous()
-    return ctypes.string_at(sample.data_ptr(), 2 * _SAMPLES).hex()
-
-
-def _fingerprint(sites: list[dict[str, Any]]) -> str:
-    """Identifies the structure that the adapter stands on: the digest of every site's path, layer type and shape."""
-    return _digest(_canonical(sorted([s["path"], s["weight"], s["layer"], s["shape"]] for s in sites)))
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _tensor_digest(tensor: Tensor) -> str:
-    """The digest of a contiguous CPU tensor's dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
-    if tensor.numel():
-        digest.update((ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr()))
-    return digest.hexdigest()
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -304,6 +211,15 @@ def load(
 
     Raises `FormatError` for a file that is truncated or altered, `BaseMismatchError` for another base, `MethodError` for a method
     that is not installed.
+
+    >>> import copy, tempfile, torch, peftkit
+    >>> base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    >>> model = peftkit.wrap(copy.deepcopy(base), "lora", name="sentiment")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     peftkit.save(model, f"{folder}/sentiment.safetensors")
+    ...     base = peftkit.load(base, f"{folder}/sentiment.safetensors")
+    >>> [adapter.name for adapter in peftkit.summary(base).adapters]
+    ['sentiment']
     """
     read = _read(Path(path))
     manifest = read.manifest
@@ -344,50 +260,15 @@ def _read(path: Path) -> _Read:
         tensors = safetensors.torch.load(data)
     except (ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise FormatError(f"{path} is no adapter file, or it is damaged: {type(error).__name__}: {error}") from error
-    _check_manifest(path, manifest, seal)
+    manifests.check(path, manifest, seal)
     if set(tensors) != set(manifest["tensors"]):
         raise FormatError(f"{path} is damaged: its tensors are not those of its manifest")
     for key, tensor in tensors.items():
-        if _tensor_digest(tensor) != manifest["tensors"][key]:
+        if manifests.tensor_digest(tensor) != manifest["tensors"][key]:
             raise FormatError(f"{path} is damaged: {key} is not what was saved")
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise FormatError(f"{path}: {key} holds values that are not finite")
     return _Read(manifest, tensors)
-
-
-def _check_manifest(path: Path, manifest: Any, seal: Any) -> None:
-    """Refuse a manifest that was altered, comes from a later version, or is not made as this version makes it."""
-    if not isinstance(manifest, dict) or _digest(_canonical(manifest)) != seal:
-        raise FormatError(f"{path} is damaged: its manifest is not what was saved")
-    version = manifest.get("format")
-    if version != FORMAT:
-        raise FormatError(
-            f"{path} has format {version!r}, this version of peftkit reads format {FORMAT}; install a later one"
-        )
-    try:
-        methods, sites = manifest["methods"], manifest["sites"]
-        sound = (
-            isinstance(manifest["name"], str)
-            and all(isinstance(m["name"], str) and isinstance(m["fields"], dict) for m in methods)
-            and all(
-                isinstance(s["path"], str)
-                and isinstance(s["weight"], str)
-                and isinstance(s["in_place"], bool)
-                and type(s["method"]) is int
-                and 0 <= s["method"] < len(methods)
-                and isinstance(s["layer"], str)
-                and all(type(n) is int and n >= 0 for n in s["shape"])
-                and (s["sample"] is None or isinstance(bytes.fromhex(s["sample"]), bytes))
-                for s in sites
-            )
-            and all(isinstance(d, str) for d in manifest["tensors"].values())
-            and len({(s["path"], s["weight"]) for s in sites}) == len(sites) > 0
-            and manifest["fingerprint"] == _fingerprint(sites)
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FormatError(f"{path}: its manifest lacks something, or has it of a wrong type: {error!r}") from error
-    if not sound:
-        raise FormatError(f"{path}: its manifest contradicts itself")
 
 
 def _resolve(model: nn.Module, manifest: dict[str, Any], *, check_base: bool) -> list[tuple[Site, Method, bool]]:
@@ -404,7 +285,7 @@ def _resolve(model: nn.Module, manifest: dict[str, Any], *, check_base: bool) ->
             )
         name = f"{path}.{weight}" if path else weight
         try:
-            here = _base_facts(layer, weight, in_place=entry["in_place"])
+            here = manifests.base_facts(layer, weight, in_place=entry["in_place"])
             site = module_site(path, layer) if weight == "module" else site_of(path, layer, weight)
         except (AttributeError, UnsupportedLayerError) as error:
             raise BaseMismatchError(f"the file adapts {name}, which this model does not have so: {error}") from error
@@ -413,7 +294,7 @@ def _resolve(model: nn.Module, manifest: dict[str, Any], *, check_base: bool) ->
                 f"the file was made for another base: {name} is {here['layer']} {here['shape']} here, "
                 f"{entry['layer']} {entry['shape']} in the file"
             )
-        if check_base and not _same_sample(entry["sample"], here["sample"]):
+        if check_base and not manifests.same_sample(entry["sample"], here["sample"]):
             raise BaseMismatchError(
                 f"the file was made for another base: {name} has the same shape but other values; "
                 "if that is intended, load with check_base=False"
@@ -432,16 +313,6 @@ def _method(entry: dict[str, Any]) -> Method:
         package = entry.get("package")
         hint = f"; the file was written with {package} {entry.get('version')}, install it" if package else ""
         raise type(error)(f"{error}{hint}") from error
-
-
-def _same_sample(saved: str | None, here: str | None) -> bool:
-    """Whether two samples of a base weight agree, up to the rounding of half precision."""
-    if saved is None or here is None or saved == here:
-        return True
-    if len(saved) != len(here):
-        return False
-    a, b = (torch.frombuffer(bytearray.fromhex(text), dtype=torch.bfloat16).float() for text in (saved, here))
-    return bool(torch.allclose(a, b, rtol=2**-6, atol=1e-7))
 
 
 def _rebuild(

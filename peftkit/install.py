@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peftkit import plugins
 from peftkit.adapter import Activation, Adapter, Site
+from peftkit.composition import LAYER, Adapted, base_class, is_swapped
 from peftkit.errors import StateError, UnsupportedLayerError
 from peftkit.installed import (
     Adapters,
@@ -25,11 +26,14 @@ from peftkit.installed import (
     unmerged,
     write_record,
 )
+from peftkit.layers.kind import LayerKind
 from peftkit.method import Method
-from peftkit.plan import Rules, kind_for, modules_of, plan
+from peftkit.plan import Rules, plan
 from peftkit.readers import find_readers
+from peftkit.resolve import kind_for, modules_of
+from peftkit.running import set_running
 from peftkit.selectors import Selector
-from peftkit.swap import Adapted, base_class, is_swapped, set_running, swap, unswap
+from peftkit.swap import swap, unswap
 
 
 def wrap(
@@ -259,16 +263,13 @@ def _place(name: str, placement: Placement) -> None:
 
 def _swap_for(layer: nn.Module, *, weight: str | None = None, reads: tuple[nn.Module, ...] | None = None) -> None:
     """Swap the layer's class so that it can also adapt `weight`, or read the weights of `reads`; or swap it back."""
-    own: Adapted | None = layer.__dict__.get("_peftkit_layer")
+    own: Adapted | None = layer.__dict__.get(LAYER)
     if own is None:
-        found = plugins.kind_of(type(layer))
-        known: Any = None if found is None else found[1]
-        fusable = known is not None and type(layer).forward is known.forward
-        own = Adapted(type(layer), found[0] if found else None, fusable, {}, {})
+        own = Adapted(type(layer), _fast_kind(type(layer)), {}, {})
     kinds, bias_of = dict(own.kinds), dict(own.bias_of)
     if weight is not None and weight != "module":
         kinds[weight] = kind_for(layer, weight)
-        bias = None if own.kind is None or own.kind is not kinds[weight] else own.kind.weights(layer)[weight]
+        bias = kinds[weight].weights(layer)[weight]
         if bias is not None:
             bias_of[bias] = weight
             kinds.setdefault(bias, plugins.parameter_kind)
@@ -278,6 +279,12 @@ def _swap_for(layer: nn.Module, *, weight: str | None = None, reads: tuple[nn.Mo
             unswap(layer)
         return
     swap(layer, new)
+
+
+def _fast_kind(layer_class: Any) -> LayerKind | None:
+    """The kind whose fast path is right for a layer of this class: its forward must be the one that the kind knows."""
+    found: Any = plugins.kind_of(layer_class)
+    return found[0] if found and layer_class.forward is found[1].forward else None
 
 
 def _remove_from(layer: nn.Module, names: set[str], active: tuple[str, ...]) -> None:
@@ -290,7 +297,7 @@ def _remove_from(layer: nn.Module, names: set[str], active: tuple[str, ...]) -> 
         set_running(layer, active)
         return
     del layer._modules["adapters"]
-    layer.__dict__["_peftkit_running"] = None
+    set_running(layer, ())
     _swap_for(layer)
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from peftkit.composition import RUNNING, is_swapped, running_in
 from peftkit.errors import StateError
 from peftkit.installed import Installed, installed, unmerged, write_record
 from peftkit.method import Method
-from peftkit.swap import set_running
+from peftkit.running import set_running
 
 
 def activate(model: nn.Module, *names: str) -> None:
@@ -46,16 +47,16 @@ def activate(model: nn.Module, *names: str) -> None:
 
 def _switch(model: nn.Module, known: Installed, names: tuple[str, ...]) -> None:
     layers = known.layers({*known.active, *names})
-    before = [(layer, layer.__dict__.get("_peftkit_running")) for layer in layers]
+    before = [(layer, running_in(layer)) for layer in layers]
     try:
         for layer in layers:
-            if "_peftkit_layer" in layer.__dict__:
+            if is_swapped(layer):
                 set_running(layer, names)
         write_record(model, dataclasses.replace(known, active=tuple(names)))
     except BaseException:
         for layer, running in before:
-            if "_peftkit_layer" in layer.__dict__:
-                layer.__dict__["_peftkit_running"] = running
+            if is_swapped(layer):
+                layer.__dict__[RUNNING] = running
         write_record(model, known)
         raise
 

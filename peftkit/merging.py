@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapter import Activation
+from peftkit.composition import compose, is_swapped, state_of, steps_for
 from peftkit.errors import StateError, UnsupportedLayerError
 from peftkit.install import remove
 from peftkit.installed import Installed, atomically, inner, installed, unmerged, write_record
-from peftkit.plan import modules_of
-from peftkit.swap import compose, set_running, steps_for
+from peftkit.resolve import modules_of
+from peftkit.running import set_running
 
 
 def merge(model: nn.Module, name: str | None = None, *, keep_base: bool = True, untie: bool = False) -> nn.Module:
@@ -45,7 +46,7 @@ def merge(model: nn.Module, name: str | None = None, *, keep_base: bool = True, 
             layer._parameters[weight] = nn.Parameter(value, requires_grad=False)
         running = known.active[len(names) :]
         for layer in layers:
-            if "_peftkit_layer" in layer.__dict__:
+            if is_swapped(layer):
                 set_running(layer, running)
         write_record(root, dataclasses.replace(known, merged=names, stash=stash if keep_base else ()))
         if keep_base:
@@ -91,7 +92,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         for layer, weight, original in known.stash:
             layer._parameters[weight] = original
         for layer in layers:
-            if "_peftkit_layer" in layer.__dict__:
+            if is_swapped(layer):
                 set_running(layer, known.active)
         write_record(model, dataclasses.replace(known, merged=(), stash=()))
         for (_, _, original), value in zip(known.stash, values, strict=True):
@@ -143,7 +144,7 @@ def _fold(
                 paths[id(placement.layer)] = (placement.path, placement.layer)
     folded = []
     for path, layer in paths.values():
-        for weight in layer.__dict__["_peftkit_layer"].kinds:
+        for weight in state_of(layer).kinds:
             steps = list(steps_for(layer, weight, names))
             if not steps or (weight in layer._parameters and layer._parameters[weight] is None):
                 continue

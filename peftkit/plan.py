@@ -1,29 +1,23 @@
-"""Decides what would be adapted, and by what, before anything changes.
-
-Every rule is resolved against the model as it was before the first wrap. A selector that hits nothing which its
-method can adapt is an error, and so is a rule that earlier rules leave nothing to.
-"""
+"""Says what would be adapted, and by what, before anything changes."""
 
 import functools
 import re
-import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch import nn
 
 from peftkit import plugins
-from peftkit.adapter import Site, adapter_dtype
-from peftkit.errors import FieldError, SelectorError, UnsupportedLayerError, nearest
-from peftkit.installed import Adapters, inner, record
+from peftkit.adapter import Site
+from peftkit.composition import base_class
+from peftkit.errors import FieldError, SelectorError
+from peftkit.installed import inner
 from peftkit.method import Method
-from peftkit.roles import find_roles
-from peftkit.selectors import Candidate, Selector, compile_selector, describe
-from peftkit.swap import base_class, raw_parameter
+from peftkit.resolve import Hits, Resolution, Rule
+from peftkit.selectors import Selector
 from peftkit.tables import count, table
 
 Rules: TypeAlias = Mapping[Any, str | Method]
@@ -46,15 +40,6 @@ class Row:
     method: str
     parameters: int
     """How many trainable parameters the method has here."""
-
-
-@dataclass(frozen=True, slots=True)
-class Hits:
-    """How much one selector of a rule has matched."""
-
-    selector: str
-    method: str
-    weights: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,24 +129,20 @@ def plan(
     rule @linear → lora(rank=2): 1 weight
     """
     rules = _rules(method, targets, hyperparameters)
-    return _Resolution(inner(model)).plan(rules, _as_selectors(exclude))
+    resolution = Resolution(inner(model))
+    steps, hits = resolution.resolve(rules, _as_selectors(exclude))
+    return Plan(steps, hits, resolution.roles, resolution.count())
 
 
 # ------------------------------------------------------------------------------------------------- rules
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    selectors: tuple[Selector, ...]
-    method: Method
-
-
 def _rules(
     method: str | Method | Rules, targets: Selector | Sequence[Selector] | None, hyperparameters: Mapping[str, Any]
-) -> list[_Rule]:
+) -> list[Rule]:
     if not isinstance(method, Mapping):
         made = make_method(method, hyperparameters)
-        return [_Rule(_as_selectors(made.default_targets if targets is None else targets), made)]
+        return [Rule(_as_selectors(made.default_targets if targets is None else targets), made)]
     if targets is not None:
         raise SelectorError("a mapping of rules names its own targets; leave out targets=")
     if hyperparameters:
@@ -171,7 +152,7 @@ def _rules(
         )
     if not method:
         raise SelectorError("the mapping of rules is empty; give at least one selector with its method")
-    return [_Rule(_as_selectors(selector), make_method(value, {})) for selector, value in method.items()]
+    return [Rule(_as_selectors(selector), make_method(value, {})) for selector, value in method.items()]
 
 
 def make_method(method: str | Method, hyperparameters: Mapping[str, Any]) -> Method:
@@ -197,260 +178,6 @@ def _as_selectors(value: Any) -> tuple[Selector, ...]:
     return selectors
 
 
-# --------------------------------------------------------------------------------------------- resolution
-
-
-def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by its first path, without what wrapping has added."""
-    found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-
-    def walk(module: nn.Module, path: str) -> None:
-        if id(module) in seen or isinstance(module, Adapters):
-            return
-        seen.add(id(module))
-        found[path] = module
-        for name, child in module._modules.items():
-            if child is not None:
-                walk(child, f"{path}.{name}" if path else name)
-
-    walk(model, "")
-    return found
-
-
-class _Resolution:
-    """One model's candidates, and the rules resolved against them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = modules_of(model)
-        known = record(model)
-        self.roles: Mapping[str, frozenset[str]] = known.roles if known else find_model_roles(model)
-        self.candidates = [
-            candidate
-            for path, module in self.modules.items()
-            for candidate in (
-                Candidate(path, module),
-                *(Candidate(f"{path}.{n}" if path else n, module, n) for n, p in _parameters(module) if p is not None),
-            )
-        ]
-        self.paths = {id(module): path for path, module in self.modules.items()}
-
-    def plan(self, rules: list[_Rule], exclude: tuple[Selector, ...]) -> Plan:
-        """Resolve the rules; the first that can adapt a weight has it."""
-        excluded = self._excluded(exclude)
-        taken: dict[tuple[int, str], tuple[Site, Method]] = {}
-        hits: list[Hits] = []
-        for rule in rules:
-            before = len(taken)
-            for selector in rule.selectors:
-                sites = self._sites(selector, rule.method)
-                left = {key: site for key, site in sites.items() if key not in excluded}
-                if not left:
-                    raise SelectorError(f"everything that {describe(selector)!r} → {rule.method} matches is excluded")
-                for key, site in left.items():
-                    taken.setdefault(key, (site, rule.method))
-                hits.append(Hits(describe(selector), str(rule.method), len(left)))
-            if len(taken) == before:
-                raise SelectorError(
-                    f"everything that {', '.join(repr(describe(s)) for s in rule.selectors)} → {rule.method} matches is "
-                    "taken by earlier rules; the first match wins, so put it first"
-                )
-        order = {key: i for i, key in enumerate(self._keys())}
-        steps = tuple(taken[key] for key in sorted(taken, key=lambda key: order[key]))
-        parameters = {id(p): p for m in self.modules.values() for _, p in _parameters(m) if p is not None}
-        total = sum(0 if is_lazy(p) else p.numel() for p in parameters.values())
-        return Plan(steps, tuple(hits), self.roles, total)
-
-    def _keys(self) -> Iterator[tuple[int, str]]:
-        for module in self.modules.values():
-            yield id(module), "module"
-            for name, _ in _parameters(module):
-                yield id(module), name
-            found = plugins.kind_of(base_class(module))
-            if found:
-                # A parametrized weight is no parameter of its layer any more.
-                yield from ((id(module), w) for w in found[0].weights(module) if w not in module._parameters)
-
-    def _matching(self, selector: Selector) -> list[Candidate]:
-        matches = compile_selector(selector)
-        nothing: frozenset[str] = frozenset()
-        return [c for c in self.candidates if matches(c, self.roles.get(c.path, nothing))]
-
-    def _excluded(self, selectors: tuple[Selector, ...]) -> set[tuple[int, str]]:
-        """What must be left alone: the parameters selected, and all at or below the modules selected."""
-        keys: set[tuple[int, str]] = set()
-        for selector in selectors:
-            matching = self._matching(selector)
-            if not matching:
-                raise SelectorError(f"exclude: {self._no_hit(selector)}")
-            for candidate in matching:
-                if candidate.parameter is not None:
-                    keys.add((id(candidate.module), candidate.parameter))
-                    continue
-                for module in candidate.module.modules():
-                    found = plugins.kind_of(base_class(module))
-                    names = {n for n, _ in _parameters(module)} | set(found[0].weights(module) if found else ())
-                    keys |= {(id(module), name) for name in (*names, "module")}
-        return keys
-
-    def _sites(self, selector: Selector, method: Method) -> dict[tuple[int, str], Site]:
-        matching = self._matching(selector)
-        if not matching:
-            raise SelectorError(self._no_hit(selector))
-        expand = {"weights": self._weights, "parameters": self._all_parameters, "modules": self._module}[method.scope]
-        sites = {(id(site.layer), site.weight): site for c in matching for site in expand(c, method)}
-        if not sites:
-            raise UnsupportedLayerError(self._no_site(selector, method, matching))
-        return sites
-
-    def _weights(self, candidate: Candidate, method: Method) -> Iterator[Site]:
-        """The matrices of a layer that has a kind; or one parameter, chosen by its own path."""
-        layer = candidate.module
-        found = plugins.kind_of(base_class(layer))
-        if candidate.parameter is None:
-            if found is not None:
-                for weight in found[0].weights(layer):
-                    if _fits(found[0], layer, weight):
-                        yield self._site(layer, weight)
-            return
-        raw = raw_parameter(layer, candidate.parameter)
-        if (found and candidate.parameter in found[0].weights(layer)) or raw.dim() >= 2 or method.vectors:
-            yield self._site(layer, candidate.parameter)
-
-    def _all_parameters(self, candidate: Candidate, method: Method) -> Iterator[Site]:  # noqa: ARG002
-        """One parameter; or every parameter at or below a module, a shared one at its first holder."""
-        if candidate.parameter is not None:
-            yield self._site(candidate.module, candidate.parameter)
-            return
-        for module in candidate.module.modules():
-            if id(module) not in self.paths:
-                continue
-            for name, p in _parameters(module):
-                if p is not None and p.is_floating_point() and self._first_holder[id(p)] == (id(module), name):
-                    yield self._site(module, name)
-
-    def _module(self, candidate: Candidate, method: Method) -> Iterator[Site]:  # noqa: ARG002
-        """The module as a whole."""
-        if candidate.parameter is None:
-            site = module_site(self.paths[id(candidate.module)], candidate.module)
-            site.roles = self.roles.get(site.path, frozenset())
-            yield site
-
-    @functools.cached_property
-    def _first_holder(self) -> dict[int, tuple[int, str]]:
-        holders: dict[int, tuple[int, str]] = {}
-        for module in self.modules.values():
-            for name, p in _parameters(module):
-                if p is not None:
-                    holders.setdefault(id(p), (id(module), name))
-        return holders
-
-    def _site(self, layer: nn.Module, weight: str) -> Site:
-        path = self.paths[id(layer)]
-        site = site_of(path, layer, weight)
-        roles = self.roles.get(site.name) or self.roles.get(path, frozenset())
-        site.roles = roles
-        return site
-
-    # ------------------------------------------------------------------------------ errors that help
-
-    def _no_hit(self, selector: Selector) -> str:
-        text = describe(selector)
-        if text.startswith("@"):
-            present = Counter(role for roles in self.roles.values() for role in roles if role != "all")
-            listed = ", ".join(f"@{role} ({n})" for role, n in present.most_common())
-            return f"selector {text!r} matches no layer of this model; its roles are {listed or 'none'}"
-        paths = [c.path for c in self.candidates if c.path]
-        if not isinstance(selector, str):
-            return f"selector {text!r} matches nothing in this model; its layers are {_some(paths)}"
-        last = {path.rpartition(".")[2] for path in paths}
-        near = nearest(text, last if "." not in text else paths) or nearest(text.rpartition(".")[2], last)
-        hint = f"nearest names: {', '.join(near)}" if near else f"its layers are {_some(sorted(last))}"
-        return f"selector {text!r} matches nothing in this model; {hint}"
-
-    def _no_site(self, selector: Selector, method: Method, matching: list[Candidate]) -> str:
-        first = matching[0]
-        what = f"{first.path or 'the model'} ({base_class(first.module).__name__})"
-        text = f"selector {describe(selector)!r} matches {what}" + (
-            f" and {len(matching) - 1} more" if matching[1:] else ""
-        )
-        if first.parameter is not None:
-            return f"{text}, a vector, which {method.name} cannot adapt; {method.name} adapts matrices"
-        if first.module._modules:
-            below = f"{first.path}.**" if first.path else "**"
-            return f"{text}, which holds layers but is none that {method.name} can adapt; to mean what is below it, write {below!r}"
-        own = [f"{first.path}.{n}" for n, p in _parameters(first.module) if p is not None and p.dim() >= 2]
-        if own:
-            return f"{text}, for which no layer kind is installed; select its parameters by path: {', '.join(own)}"
-        return f"{text}, which has no weight that {method.name} can adapt"
-
-
-def site_of(path: str, layer: nn.Module, weight: str) -> Site:
-    """The site of one parameter of a layer; `UnsupportedLayerError` where it cannot be adapted."""
-    raw = raw_parameter(layer, weight)
-    name = f"{path}.{weight}" if path else weight
-    if is_lazy(raw):
-        raise UnsupportedLayerError(f"{name} has no shape yet (a lazy layer); run the model once before wrapping it")
-    if _is_sharded(raw):
-        raise UnsupportedLayerError(f"{name} is sharded already; wrap the model first, then call fully_shard")
-    if not isinstance(raw, Tensor) or not raw.is_floating_point():
-        raise UnsupportedLayerError(f"{name} is {getattr(raw, 'dtype', type(raw))}, not a floating point tensor")
-    if "adapters" in layer._modules and not isinstance(layer._modules["adapters"], Adapters):
-        raise UnsupportedLayerError(f"{path or 'the model'} has a submodule called 'adapters' of its own; rename it")
-    kind = kind_for(layer, weight)
-    device = raw.device
-    if raw.is_meta and "_hf_hook" in layer.__dict__:
-        # accelerate keeps an offloaded weight on meta and brings it to this device in a hook.
-        device = torch.device(getattr(layer.__dict__["_hf_hook"], "execution_device", None) or device)
-    return Site(path, weight, layer, kind, kind.shape(layer, weight), adapter_dtype(raw.dtype), device)
-
-
-def module_site(path: str, module: nn.Module) -> Site:
-    """The site of a module as a whole: dtype and device are those of its first floating point parameter."""
-    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    return Site(path, "module", module, None, (), adapter_dtype(like.dtype), like.device)
-
-
-def find_model_roles(model: nn.Module) -> dict[str, frozenset[str]]:
-    """Every layer's roles, by path, in a model that has not been wrapped yet."""
-    return find_roles(inner(model), _family)
-
-
-def kind_for(layer: nn.Module, weight: str) -> Any:
-    """The kind that sees this parameter as a matrix: the layer's own, or the one for any parameter."""
-    found = plugins.kind_of(base_class(layer))
-    own = found is not None and weight in found[0].weights(layer) and _fits(found[0], layer, weight)
-    return found[0] if found is not None and own else plugins.parameter_kind
-
-
-def _fits(kind: Any, layer: nn.Module, weight: str) -> bool:
-    """Whether the tensor is what the kind takes it for; a packed 4-bit weight of a subclass is not."""
-    raw = raw_parameter(layer, weight)
-    if is_lazy(raw):
-        return True  # site_of explains
-    return isinstance(raw, Tensor) and raw.is_floating_point() and raw.numel() == kind.stored_size(layer, weight)
-
-
-def is_lazy(raw: Any) -> bool:
-    """Whether a parameter has no shape yet."""
-    return isinstance(raw, (UninitializedParameter, UninitializedBuffer))
-
-
-def _is_sharded(raw: Any) -> bool:
-    """Whether it is a DTensor. Where that class was never imported, nothing can be one; importing it is slow."""
-    distributed = sys.modules.get("torch.distributed.tensor")
-    return distributed is not None and isinstance(raw, distributed.DTensor)
-
-
-def _parameters(module: nn.Module) -> list[tuple[str, nn.Parameter | None]]:
-    return list(module._parameters.items())
-
-
-def _family(module: nn.Module) -> str | None:
-    found = plugins.kind_of(base_class(module))
-    return found[0].family if found else None
-
-
 def _dry_run(site: Site, method: Method) -> tuple[int, bool]:
     """How many parameters the method would train at a site, and whether in place."""
     rehearsal = site.on_meta()
@@ -459,7 +186,3 @@ def _dry_run(site: Site, method: Method) -> tuple[int, bool]:
     if rehearsal.unfrozen:
         return site.layer._parameters[site.weight].numel(), True  # type: ignore[union-attr]
     return sum(p.numel() for p in adapter.parameters() if p.requires_grad) if adapter is not None else 0, False
-
-
-def _some(names: Sequence[str], n: int = 8) -> str:
-    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")

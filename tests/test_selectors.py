@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from peftkit.errors import SelectorError
-from peftkit.selectors import RANGE_LIMIT, ROLES, Candidate, Glob, candidates, compile_selector, describe
+from peftkit.globs import RANGE_LIMIT, Glob
+from peftkit.selectors import ROLES, Candidate, candidates, compile_selector, describe
 
 
 def picks(selector, path, module=None, parameter=None, roles=()):
@@ -391,7 +392,7 @@ class Tied(nn.Module):
 def test_candidates():
     """Candidates come in model order: each module once, a tied weight at both of its owners."""
     model = Tied()
-    found = candidates(model)
+    found = candidates(dict(model.named_modules()))
     assert [(c.path, c.parameter) for c in found] == [
         ("", None),
         ("scale", "scale"),

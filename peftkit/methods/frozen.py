@@ -13,8 +13,8 @@ class Frozen(peftkit.Method):
     >>> import torch, peftkit
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
     >>> plan = peftkit.plan(model, {"0": "frozen", "@linear": "lora"})
-    >>> [row.weight for row in plan.rows if row.parameters]
-    ['1.weight']
+    >>> [row.path for row in plan.rows if row.parameters]
+    ['1']
     """
 
     name: ClassVar[str] = "frozen"

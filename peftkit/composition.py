@@ -1,0 +1,166 @@
+"""What a layer's parameter is with its adapters: the definition of every method, and the generic path.
+
+`W' = f2(f1(W))`, in order of activation, computed in the adapters' own dtype and cast once to the layer's (rule R6 in
+docs/design.md). The base's own parameter is read past everything that adapts it, and never written.
+"""
+
+import functools
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.adapter import Adapter, LowRank
+from peftkit.layers.kind import LayerKind
+
+LAYER = "_peftkit_layer"
+RUNNING = "_peftkit_running"
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What a swapped layer knows about itself. Replaced whole when it changes, so that an undo need only put it back."""
+
+    base: type[nn.Module]
+    """The class that the layer had."""
+    fast: LayerKind | None
+    """The layer's kind, if the layer's forward is the very one that the kind knows; only then is its fast path right."""
+    kinds: dict[str, LayerKind]
+    """For each adaptable parameter of the swapped class, how it becomes a matrix."""
+    bias_of: dict[str, str]
+    """For each bias, the weight that it goes with."""
+    reads: tuple[nn.Module, ...] = ()
+    """Layers whose weights this one's forward reads itself."""
+
+
+class Running(NamedTuple):
+    """Which adapters run in one layer now."""
+
+    names: tuple[str, ...]
+    """Adapters with a weight form, in order of activation."""
+    around: tuple[str, ...]
+    """Adapters that surround the forward, in order of activation."""
+    fused: str | None
+    """The one weight that is adapted, where all its forms are a sum that the kind's fast path can add to the output."""
+
+
+def is_swapped(layer: nn.Module) -> bool:
+    """Whether the layer's class is one of ours."""
+    return LAYER in layer.__dict__
+
+
+def base_class(layer: nn.Module) -> type[nn.Module]:
+    """The class that the layer has, or had before it was swapped."""
+    state = layer.__dict__.get(LAYER)
+    return type(layer) if state is None else state.base
+
+
+def state_of(layer: nn.Module) -> Adapted:
+    """What a swapped layer knows about itself."""
+    state: Adapted = layer.__dict__[LAYER]
+    return state
+
+
+def running_in(layer: nn.Module) -> Running | None:
+    """Which adapters run in a layer now; None when none does."""
+    running: Running | None = layer.__dict__.get(RUNNING)
+    return running
+
+
+def raw_parameter(layer: nn.Module, name: str) -> Any:
+    """The base's own value: a parameter, a tensor in its place, or what the base class computes."""
+    parameters = layer.__dict__.get("_parameters", {})
+    if name in parameters:
+        return parameters[name]
+    if name in layer.__dict__:
+        return layer.__dict__[name]
+    computed = inspect.getattr_static(base_class(layer), name, None)
+    if isinstance(computed, property) and computed.fget is not None:
+        return computed.fget(layer)
+    raise AttributeError(f"{base_class(layer).__name__!r} object has no attribute {name!r}")
+
+
+def adapted_parameter(layer: nn.Module, name: str) -> Any:
+    """The parameter as the running adapters make it: the definition of every method, and the generic path."""
+    raw = raw_parameter(layer, name)
+    running = running_in(layer)
+    if raw is None or running is None or not running.names:
+        return raw
+    steps = list(steps_for(layer, name, running.names))
+    if not steps or (raw.is_meta and not _is_meta(steps[0][0])):
+        return raw
+    return compose(layer, name, raw, steps, dropping=True)
+
+
+def adapters_in(layer: nn.Module, name: str) -> dict[str, Any]:
+    """The adapters that one name has in a layer, by weight; empty when it has none there."""
+    container: Any = layer._modules.get("adapters")
+    group = None if container is None else container._modules.get(name)
+    return {} if group is None else group._modules
+
+
+def steps_for(layer: nn.Module, name: str, adapters: Iterable[str]) -> Iterator[tuple[Adapter, str]]:
+    """What is applied to parameter `name`, in order: each adapter, and whether by its `weight` or by its `bias`."""
+    state = state_of(layer)
+    owner = state.bias_of.get(name)
+    for adapter_name in adapters:
+        group = adapters_in(layer, adapter_name)
+        if name in group:
+            yield group[name], "weight"
+        if owner is not None and owner in group and type(group[owner]).bias is not Adapter.bias:
+            yield group[owner], "bias"
+
+
+def compose(
+    layer: nn.Module,
+    name: str,
+    raw: Tensor,
+    steps: Iterable[tuple[Adapter, str]],
+    *,
+    dropping: bool,
+    at_least: torch.dtype | None = None,
+) -> Tensor:
+    """`f2(f1(raw))` in the adapters' dtype (rule R6), cast once to the base's; autocast has no say inside."""
+    kind = state_of(layer).kinds[name]
+    steps = list(steps)
+    dtype = functools.reduce(torch.promote_types, [_dtype(a) or raw.dtype for a, _ in steps], raw.dtype)
+    if at_least is not None:
+        dtype = torch.promote_types(dtype, at_least)
+    value = raw.to(dtype)
+    with _no_autocast(raw.device.type):
+        for adapter, form in steps:
+            if form == "bias":
+                value = adapter("bias", value)
+                continue
+            m = kind.matrix(layer, name, value)
+            keep = _keep(adapter, m) if dropping else ()
+            value = kind.restore(layer, name, adapter("weight", m, *keep))
+    return value.to(raw.dtype)
+
+
+def _keep(adapter: Adapter, m: Tensor) -> tuple[Tensor, ...]:
+    """The columns that dropout keeps, scaled, where an adapter in training has dropout; nothing otherwise."""
+    if not (adapter.training and isinstance(adapter, LowRank) and adapter.dropout):
+        return ()
+    return (nn.functional.dropout(m.new_ones(m.shape[-1]), adapter.dropout),)
+
+
+def _dtype(adapter: nn.Module) -> torch.dtype | None:
+    for p in adapter.parameters():
+        if p.is_floating_point():
+            return p.dtype
+    return None
+
+
+def _is_meta(adapter: nn.Module) -> bool:
+    return any(p.is_meta for p in adapter.parameters())
+
+
+def _no_autocast(device: str) -> Any:
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

@@ -1,0 +1,156 @@
+"""Runs a layer's forward with its adapters: by a fast path where that is certain to be right, by the weight otherwise.
+
+* The fast path (rule R2 in docs/design.md) adds low-rank products to the output, and builds no adapted weight.
+* The generic path opens a *frame* of the layer in this thread, in which its weights read as adapted ones (rule R1), and runs
+  the layer's own forward. A frame remembers what it computed, and forgets it when it closes.
+
+While compiling there are no frames, because opening one is a side effect that graph capture refuses: every read adapts.
+"""
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.adapter import Activation, Adapter, Base, LowRank
+from peftkit.composition import RUNNING, Running, adapters_in, base_class, raw_parameter, running_in, state_of
+from peftkit.errors import StateError
+
+SEEN = "_peftkit_seen"
+
+
+class _Frames(threading.local):
+    """The open frames of this thread: layer's id → what was computed in it, by parameter and grad mode."""
+
+    def __init__(self) -> None:
+        self.open: dict[int, dict[tuple[str, bool], Tensor]] = {}
+
+
+frames = _Frames()
+
+
+@contextmanager
+def open_frames(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Let the layers' parameters read as adapted ones in this thread. A nested frame starts empty."""
+    opened = frames.open
+    outer = [(id(layer), opened.get(id(layer))) for layer in layers]
+    for key, _ in outer:
+        opened[key] = {}
+    try:
+        yield
+    finally:
+        for key, memo in outer:
+            if memo is None:
+                opened.pop(key, None)
+            else:
+                opened[key] = memo
+
+
+def set_running(layer: nn.Module, adapters: Iterable[str]) -> None:
+    """Make these adapters, where the layer has them, the ones that run in it, in this order."""
+    sites = {name: here for name in adapters if (here := adapters_in(layer, name))}
+    layer.__dict__[RUNNING] = _running(layer, sites) if sites else None
+
+
+def _running(layer: nn.Module, sites: dict[str, dict[str, Any]]) -> Running:
+    state = state_of(layer)
+    around = tuple(n for n, here in sites.items() if any(isinstance(a, Activation) for a in here.values()))
+    names = tuple(n for n, here in sites.items() if any(isinstance(a, Adapter) for a in here.values()))
+    weights = {weight for n in names for weight in sites[n] if weight != "module"}
+    fused = None
+    if len(weights) == 1 and state.fast is not None and state.fast.fuses(layer):
+        (weight,) = weights
+        if state.kinds[weight] is state.fast and all(_sums(sites[n][weight]) for n in names):
+            fused = weight
+    return Running(names, around, fused)
+
+
+def _sums(adapter: nn.Module) -> bool:
+    """Whether the adapter only adds its product to the weight, so that several of them are a sum."""
+    if not isinstance(adapter, LowRank):
+        return False
+    return type(adapter).weight is LowRank.weight and type(adapter).bias is Adapter.bias
+
+
+def run(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a layer's own `forward` with its adapters, and with frames open for the layers whose weights it reads."""
+    reads = state_of(layer).reads
+    if reads and not torch.compiler.is_compiling():
+        with open_frames(reads):
+            return _run_adapters(layer, forward, args, kwargs)
+    return _run_adapters(layer, forward, args, kwargs)
+
+
+def _run_adapters(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    running = running_in(layer)
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        _refuse_changed_recompute(layer, running)
+    if running is None:
+        return forward(layer, *args, **kwargs)
+    call = functools.partial(_run_weights, running=running, forward=forward)
+    for name in running.around:
+        call = functools.partial(_surround, adapter=adapters_in(layer, name)["module"], call=call)
+    return call(layer, *args, **kwargs)
+
+
+def _surround(layer: nn.Module, *args: Any, adapter: Activation, call: Callable[..., Any], **kwargs: Any) -> Any:
+    return adapter(Base(layer, _parameter_names(base_class(layer).forward), call), *args, **kwargs)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _run_weights(layer: nn.Module, *args: Any, running: Running, forward: Callable[..., Any], **kwargs: Any) -> Any:
+    if not running.names:
+        return forward(layer, *args, **kwargs)
+    if running.fused and len(args) == 1 and not kwargs and _is_frozen(layer, running.fused):
+        return _run_fused(layer, running, running.fused, args[0])
+    if torch.compiler.is_compiling():
+        return forward(layer, *args, **kwargs)
+    with open_frames((layer,)):
+        return forward(layer, *args, **kwargs)
+
+
+def _is_frozen(layer: nn.Module, weight: str) -> bool:
+    raw = layer._parameters.get(weight)
+    return raw is not None and not raw.requires_grad
+
+
+def _run_fused(layer: nn.Module, running: Running, weight: str, x: Any) -> Any:
+    """The base's output plus each low-rank update's, in the output's dtype; no adapted weight is built.
+
+    The base's own output comes from the kind and not from the layer's forward, whose reads could be adapted ones: while
+    compiling they all are, and a reader may have opened a frame.
+    """
+    kind = state_of(layer).fast
+    assert kind is not None  # noqa: S101 - `running.fused` says so
+    bias = kind.weights(layer)[weight]
+    y = kind.plain(layer, x, raw_parameter(layer, weight), raw_parameter(layer, bias) if bias else None)
+    for name in running.names:
+        adapter: LowRank = adapters_in(layer, name)[weight]
+        up, down, scale = adapter("factors")
+        dropout = adapter.dropout if adapter.training else 0.0
+        delta = kind.low_rank(layer, x, up.to(y.dtype), down.to(y.dtype), scale, dropout)
+        start = adapter.start()
+        if start is not None:
+            delta = delta - kind.low_rank(layer, x, start[0].to(y.dtype), start[1].to(y.dtype), scale, 0.0)
+        y = y + delta
+    return y
+
+
+def _refuse_changed_recompute(layer: nn.Module, running: Running | None) -> None:
+    """A checkpointed block is run again inside backward; with other adapters its gradients would be silently wrong."""
+    if torch._C._current_graph_task_id() == -1:
+        layer.__dict__[SEEN] = running
+    elif layer.__dict__.get(SEEN, running) != running:
+        raise StateError(
+            "gradient checkpointing runs this layer again with other adapters than in its forward; "
+            "call backward() before the active adapters change (inside the `with` block of using, disabled or routed)"
+        )
