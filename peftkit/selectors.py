@@ -49,7 +49,7 @@ def candidates(modules: Mapping[str, nn.Module]) -> list[Candidate]:
     for path, module in modules.items():
         found.append(Candidate(path, module))
         prefix = f"{path}." if path else ""
-        found += [Candidate(prefix + name, module, name) for name, p in module._parameters.items() if p is not None]
+        found += [Candidate(prefix + name, module, name) for name, _ in module.named_parameters(recurse=False)]
     return found
 
 

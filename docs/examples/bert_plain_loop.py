@@ -1,7 +1,7 @@
 """Fine-tune a BERT classifier with a plain PyTorch loop: LoRA in its encoder, and the new classifier trained in full.
 
-The task is synthetic: does the word 5 come before the word 6? Shown here are the rules: an ordered mapping from selectors to
-methods, and how a selector tells apart layers that have the same last name.
+The task is synthetic: does the word 5 come before the word 6? Shown here are the rules: an ordered mapping from
+selectors to methods, and how a selector tells apart layers that have the same last name.
 
 The model is tiny and made from a configuration, so nothing is downloaded.
 """
@@ -38,6 +38,7 @@ def sentences(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 def main() -> None:
     """Wrap, look, train, and measure on sentences that were not seen."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # the tensors are too small to be worth sharing out
     model = BertForSequenceClassification(
         BertConfig(
             vocab_size=WORDS,

@@ -3,14 +3,15 @@
 The base has learned to count up. LoRA on its attention and its MLP teaches it to count down, without touching the
 base: the adapter's file, loaded onto the same base weights, gives the very same logits.
 
-The model is tiny and made from a configuration, so nothing is downloaded. GPT-2's layers are transformers' `Conv1D`, which store
-their weight transposed; nothing in this script has to know.
+The model is tiny and made from a configuration, so nothing is downloaded. GPT-2's layers are transformers' `Conv1D`,
+which store their weight transposed; nothing in this script has to know.
 """
 
 import tempfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import peftkit
@@ -32,7 +33,8 @@ def train(model: GPT2LMHeadModel, tokens: torch.Tensor, steps: int, lr: float) -
     losses = []
     model.train()
     for _ in range(steps):
-        loss = model(input_ids=tokens, labels=tokens).loss
+        logits = model(input_ids=tokens).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -58,6 +60,7 @@ def load_base(path: Path) -> GPT2LMHeadModel:
 def main() -> None:
     """Pretrain and save a base; then load it, adapt it, save the adapter, and load both."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # the tensors are too small to be worth sharing out
     with tempfile.TemporaryDirectory() as folder:
         base_file, adapter_file = Path(folder, "gpt2.pt"), Path(folder, "count_down.safetensors")
 
@@ -69,8 +72,9 @@ def main() -> None:
         # Load it and adapt it. c_proj is in the attention and in the MLP, and is adapted in both.
         model = load_base(base_file)
         print("base:   ", continuation(model))
-        model = peftkit.wrap(model, "lora", targets=["c_attn", "c_fc", "c_proj"], rank=8)
-        print(peftkit.plan(load_base(base_file), "lora", targets=["c_attn", "c_fc", "c_proj"], rank=8))
+        rules = {("c_attn", "c_fc", "c_proj"): peftkit.LoRA(rank=8)}
+        print(peftkit.plan(model, rules))  # a dry run: nothing is changed yet
+        model = peftkit.wrap(model, rules)
 
         losses = train(model, sequences(-1), steps=100, lr=1e-2)
         print(f"loss: {losses[0]:.2f} -> {losses[-1]:.2f}")

@@ -57,6 +57,7 @@ def accuracy(model: nn.Module, question: Question, x: torch.Tensor) -> float:
 def main() -> None:
     """Learn one question without peftkit, two more with it, and switch between the three."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # the tensors are too small to be worth sharing out
     first, second, third = Question(0.0), Question(0.0), Question(2.0)
     x = torch.randn(2_000, FEATURES)
 
@@ -69,8 +70,8 @@ def main() -> None:
     peftkit.wrap(model, "lora", name="second", rank=1, alpha=1.0)
     learn(model, second)
 
-    # The third has another threshold, which LoRA does not learn: a copy of the weight and the bias does. A new adapter runs
-    # besides those that run already, so say that it is to run alone, and that it alone is to be trained.
+    # The third has another threshold, which LoRA does not learn: a copy of the weight and the bias does. A new adapter
+    # runs besides those that run already, so say that it is to run alone, and that it alone is to be trained.
     peftkit.wrap(model, peftkit.Full(keep_base=True), targets="linear", name="third")
     peftkit.activate(model, "third")
     peftkit.set_trainable(model, "third")
