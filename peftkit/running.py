@@ -77,25 +77,38 @@ def _sums(adapter: nn.Module) -> bool:
     return type(adapter).weight is LowRank.weight and type(adapter).bias is Adapter.bias
 
 
-def run(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a layer's own `forward` with its adapters, and with frames open for the layers whose weights it reads."""
-    reads = state_of(layer).reads
-    if reads and not torch.compiler.is_compiling():
-        with open_frames(reads):
-            return _run_adapters(layer, forward, args, kwargs)
-    return _run_adapters(layer, forward, args, kwargs)
+def run(
+    layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, known: bool = True
+) -> Any:
+    """Run a layer's `forward` with its adapters, and with frames open for the layers whose weights it reads.
 
-
-def _run_adapters(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    `known` says that it is the forward of the layer's class; another one is never replaced by a fast path.
+    """
     running = running_in(layer)
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch.is_grad_enabled():
         _refuse_changed_recompute(layer, running)
+    reads = () if compiling else state_of(layer).reads
+    if reads:
+        forward = functools.partial(_reading, reads=reads, forward=forward)
     if running is None:
         return forward(layer, *args, **kwargs)
-    call = functools.partial(_run_weights, running=running, forward=forward)
+    if not running.around:
+        return _run_weights(layer, running, forward, known, args, kwargs)
+
+    def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _run_weights(layer, running, forward, known, args, kwargs)
+
     for name in running.around:
         call = functools.partial(_surround, adapter=adapters_in(layer, name)["module"], call=call)
     return call(layer, *args, **kwargs)
+
+
+def _reading(
+    layer: nn.Module, *args: Any, reads: tuple[nn.Module, ...], forward: Callable[..., Any], **kwargs: Any
+) -> Any:
+    with open_frames(reads):
+        return forward(layer, *args, **kwargs)
 
 
 def _surround(layer: nn.Module, *args: Any, adapter: Activation, call: Callable[..., Any], **kwargs: Any) -> Any:
@@ -107,10 +120,17 @@ def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
-def _run_weights(layer: nn.Module, *args: Any, running: Running, forward: Callable[..., Any], **kwargs: Any) -> Any:
+def _run_weights(
+    layer: nn.Module,
+    running: Running,
+    forward: Callable[..., Any],
+    known: bool,  # noqa: FBT001 - passed on from `run`
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     if not running.names:
         return forward(layer, *args, **kwargs)
-    if running.fused and len(args) == 1 and not kwargs and _is_frozen(layer, running.fused):
+    if running.fused and known and len(args) == 1 and not kwargs and _is_frozen(layer, running.fused):
         return _run_fused(layer, running, running.fused, args[0])
     if torch.compiler.is_compiling():
         return forward(layer, *args, **kwargs)

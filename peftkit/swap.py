@@ -11,7 +11,6 @@ import inspect
 import types
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import nn
 
 from peftkit.composition import LAYER, RUNNING, Adapted, adapted_parameter, base_class, raw_parameter, state_of
 from peftkit.errors import StateError
-from peftkit.running import SEEN, frames, open_frames, run
+from peftkit.running import SEEN, frames, run
 
 
 def adapted_class(base: type[nn.Module], names: Iterable[str]) -> type[nn.Module]:
@@ -132,11 +131,10 @@ class _InstanceForward:
         functools.update_wrapper(self, original, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return run(self.layer, self._call, args, kwargs)
+        return run(self.layer, self._call, args, kwargs, known=False)
 
     def _call(self, _: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with nullcontext() if torch.compiler.is_compiling() else open_frames((self.layer,)):
-            return self.original(*args, **kwargs)
+        return self.original(*args, **kwargs)
 
 
 def _take_over_instance_forward(layer: nn.Module) -> None:

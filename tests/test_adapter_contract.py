@@ -1012,7 +1012,7 @@ def test_backward_after_the_block_is_refused(inside, method, use_reentrant):
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_backward_inside_another_block_is_refused(use_reentrant):
     """One backward through checkpointed forwards of two adapters cannot recompute both: an error, not wrong gradients."""
-    model, adapters, _, _ = adapt(nn.Linear(6, 6), LORA, Rows())
+    model, _, _, _ = adapt(nn.Linear(6, 6), LORA, LORA)
     x = features().requires_grad_()
     with peftkit.using(model, "f0"):
         y = checkpoint(model, x, use_reentrant=use_reentrant)

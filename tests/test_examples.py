@@ -42,7 +42,7 @@ def test_every_example_is_listed():
 
 @pytest.mark.parametrize("script", SHOWN)
 def test_example(script, tmp_path):
-    """A script runs from another folder, without a warning and without a network, and prints what it is there to show."""
+    """A script runs from any folder, without a warning and without a network, and prints what it is there to show."""
     needed, lines = SHOWN[script]
     for module in needed:
         pytest.importorskip(module)

@@ -33,6 +33,15 @@ SCALINGS = pytest.mark.parametrize("rank_stabilized", [False, True], ids=["lora"
 RANK, ALPHA = 3, 5.0
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The tensors here are so small that torch's threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def assert_close(actual, expected, dtype, layers=1):
     """Compare, for layers that stand one after another with as many times the tolerance."""
     assert actual.shape == expected.shape

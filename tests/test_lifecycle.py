@@ -1,0 +1,284 @@
+"""Active, trainable and merged are three independent facts; what wrapping adds follows its layer and leaves with unwrap."""
+
+import copy
+import pickle
+
+import peftkit
+import pytest
+import torch
+from peftkit import errors
+from torch import nn
+
+
+def make_model(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 2)).to(dtype)
+
+
+def add(model, name, seed, **kwargs):
+    """Wrap under a name, and move the new adapter away from its start."""
+    torch.manual_seed(seed)
+    model = peftkit.wrap(model, kwargs.pop("method", "lora"), name=name, **kwargs)
+    with torch.no_grad():
+        for key, tensor in peftkit.state_dict(model, name).items():
+            if "start" not in key:
+                tensor.add_(torch.randn_like(tensor) * 0.3)
+    return model
+
+
+@pytest.fixture
+def x():
+    return torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def model():
+    return add(add(make_model(), "a", 1), "b", 2, rank=2)
+
+
+def trainable(model):
+    return {name.split(".adapters.")[1].split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+
+
+def states(model):
+    return {a.name: (a.active, a.trainable > 0, a.merged) for a in peftkit.summary(model).adapters}
+
+
+def test_three_facts(model):
+    """Each of the three changes without the other two."""
+    assert states(model) == {"a": (True, True, False), "b": (True, True, False)}
+    peftkit.set_trainable(model, "b")
+    assert states(model) == {"a": (True, False, False), "b": (True, True, False)}
+    peftkit.activate(model, "a")
+    assert states(model) == {"a": (True, False, False), "b": (False, True, False)}
+    peftkit.merge(model)
+    assert states(model) == {"a": (True, False, True), "b": (False, True, False)}
+    peftkit.set_trainable(model, "a")
+    assert states(model) == {"a": (True, True, True), "b": (False, False, False)}
+    peftkit.unmerge(model)
+    assert states(model) == {"a": (True, True, False), "b": (False, False, False)}
+
+
+def test_two_active_adapters_are_the_sum_of_their_updates(model, x):
+    """With LoRA, running a and b together adds both updates to the weight."""
+    with torch.no_grad():
+        layer = model[0]
+        y = layer(x)
+        deltas = [0.0, 0.0]
+        for i, name in enumerate("ab"):
+            adapter = layer.adapters[name]["weight"]
+            deltas[i] = adapter.scale * adapter.up @ adapter.down
+        torch.testing.assert_close(y, nn.functional.linear(x, layer.weight + deltas[0] + deltas[1], layer.bias))
+
+
+def test_what_runs_decides_the_output(model, x):
+    """Every choice of active adapters gives its own output, and the empty one the base's, bit for bit."""
+    base = make_model()(x)
+    outputs = []
+    for names in ((), ("a",), ("b",), ("a", "b")):
+        peftkit.activate(model, *names)
+        outputs.append(model(x))
+    assert torch.equal(outputs[0], base)
+    assert all(not torch.allclose(p, q) for i, p in enumerate(outputs) for q in outputs[:i])
+
+
+def test_using_and_disabled_nest_and_restore(model, x):
+    """Contexts restore what was active before them."""
+    both = model(x)
+    with peftkit.using(model, "b"):
+        b = model(x)
+        with peftkit.disabled(model):
+            assert torch.equal(model(x), make_model()(x))
+        assert torch.equal(model(x), b)
+    assert torch.equal(model(x), both)
+
+
+def test_only_the_trainable_adapter_gets_gradients(model, x):
+    """Gradients reach exactly the adapters that train, active ones of course."""
+    peftkit.set_trainable(model, "b")
+    model(x).sum().backward()
+    assert {n.split(".adapters.")[1][0] for n, p in model.named_parameters() if p.grad is not None} == {"b"}
+    assert trainable(model) == {"b"}
+    assert [len(g["params"]) for g in peftkit.param_groups(model, lr=0.1)] == [4]
+    peftkit.set_trainable(model)
+    with pytest.raises(errors.StateError, match="nothing is trainable"):
+        peftkit.param_groups(model, lr=0.1)
+
+
+def test_frozen_parts_of_an_adapter_stay_frozen(x):
+    """PiSSA's start factors are saved with the adapter and never trained."""
+    model = peftkit.wrap(make_model(), "lora", init="pissa", rank=2)
+    peftkit.set_trainable(model)
+    peftkit.set_trainable(model, "default")
+    assert {n.rsplit(".", 1)[1] for n, p in model.named_parameters() if p.requires_grad} == {"up", "down"}
+    assert {k.rsplit(".", 1)[1] for k in peftkit.state_dict(model)} == {"up", "down", "start_up", "start_down"}
+
+
+@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal", "pissa", "olora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_every_init_starts_as_the_base_bit_for_bit(init, dtype, x):
+    """Also those whose factors are not zero: their start is subtracted, and the base is not touched."""
+    base = make_model(dtype).requires_grad_(False)
+    with torch.no_grad():
+        y = base(x.to(dtype))
+        before = [p.clone() for p in base.parameters()]
+        model = peftkit.wrap(base, "lora", init=init, rank=4)
+        assert torch.equal(model(x.to(dtype)), y)
+    assert all(torch.equal(p, q) for p, q in zip(before, (p for n, p in model.named_parameters() if "adapters" not in n), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_thousand_merges_drift_by_nothing(dtype):
+    """unmerge puts the very parameter back."""
+    model = add(make_model(dtype), "a", 1)
+    weight, value = model[0].weight, model[0].weight.detach().clone()
+    for _ in range(1000):
+        peftkit.unmerge(peftkit.merge(model))
+    assert model[0].weight is weight
+    assert torch.equal(weight, value)
+
+
+def test_originals_follow_the_model_while_merged(x):
+    """Cast while merged, the model unmerges into what the cast base would have been."""
+    model = add(make_model(), "a", 1)
+    expected = make_model().double().state_dict()
+    peftkit.unmerge(peftkit.merge(model).double())
+    assert torch.equal(model[0].weight, expected["0.weight"])
+    assert model[0].weight.dtype == torch.float64
+
+
+def test_merge_one_of_two(model, x):
+    """The first active adapter can be merged alone; the second runs on top, and the output stays."""
+    y = model(x)
+    peftkit.merge(model, "a")
+    torch.testing.assert_close(model(x), y)
+    assert states(model) == {"a": (True, True, True), "b": (True, True, False)}
+    peftkit.unmerge(model)
+    assert torch.equal(model(x), y)
+    peftkit.merge(model, "a", keep_base=False)
+    torch.testing.assert_close(model(x), y)
+    assert list(states(model)) == ["b"]
+
+
+def test_merging_for_good_leaves_a_plain_model(x):
+    """No class, key or attribute of ours is left, and the flags are those from before the wrap."""
+    base = make_model()
+    base[2].weight.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in base.named_parameters()}
+    model = add(base, "a", 1)
+    y = model(x)
+    model = peftkit.merge(model, keep_base=False)
+    torch.testing.assert_close(model(x), y)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert all(type(m) in (nn.Sequential, nn.Linear, nn.ReLU) for m in model.modules())
+    assert not [key for m in model.modules() for key in m.__dict__ if "peftkit" in key]
+
+
+def test_a_head_for_each_task(x):
+    """Full(keep_base=True) is a switchable copy, bias and all; the base keeps its own."""
+    base = make_model()
+    y = base(x)
+    model = add(add(base, "a", 1, method={"3": peftkit.Full(keep_base=True)}), "b", 2, method={"3": peftkit.Full(keep_base=True)})
+    outputs = {}
+    for name in "ab":
+        with peftkit.using(model, name):
+            outputs[name] = model(x)
+    assert not torch.allclose(outputs["a"], outputs["b"])
+    with peftkit.disabled(model):
+        assert torch.equal(model(x), y)
+    assert torch.equal(peftkit.unwrap(model)(x), y)
+
+
+def test_a_module_under_two_paths_is_adapted_once(x):
+    """One layer object, one adapter, at both places."""
+    layer = nn.Linear(6, 6)
+    model = peftkit.wrap(nn.Sequential(layer, nn.ReLU(), layer, nn.Linear(6, 2)), "lora", targets=["0"])
+    assert peftkit.summary(model).adapters[0].layers == 1
+    assert model[0] is model[2]
+    model(x).sum().backward()
+    assert model[2].adapters["default"]["weight"].up.grad is not None
+
+
+def test_adapters_follow_their_layer():
+    """Train or eval mode, dtype (float32 on a half precision layer) and device are the layer's."""
+    model = make_model(torch.bfloat16).eval()
+    model[2].train()
+    peftkit.wrap(model, "lora")
+    first, second = model[0].adapters, model[2].adapters
+    assert not any(m.training for m in first.modules())
+    assert all(m.training for m in second.modules())
+    assert {p.dtype for p in first.parameters()} == {torch.float32}
+    with torch.device("meta"):
+        meta = make_model()
+    assert all(p.is_meta for p in peftkit.wrap(meta, "lora").parameters())
+
+
+def test_wrapping_a_single_layer(x):
+    """The model itself can be the layer."""
+    layer = nn.Linear(6, 2)
+    y = layer(x)
+    model = peftkit.wrap(layer, "lora")
+    assert model is layer
+    assert torch.equal(model(x), y)
+    assert list(peftkit.state_dict(model)) == ["weight.down", "weight.up"]
+    assert type(peftkit.unwrap(model)) is nn.Linear
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_has_a_life_of_its_own(model, x, copied):
+    """A copy computes the same, is switched and unwrapped alone, and keeps what is merged."""
+    peftkit.merge(model)
+    y = model(x)
+    other = copied(model)
+    assert torch.equal(other(x), y)
+    peftkit.unwrap(peftkit.unmerge(other))
+    assert torch.equal(other(x), make_model()(x))
+    assert torch.equal(model(x), y)
+    peftkit.unmerge(model)
+
+
+def test_rules_mix_methods():
+    """What no rule matches is frozen; the first match wins; the plan counts what the wrap trains."""
+    rules = {"0": peftkit.LoRA(rank=2), "**.bias": "frozen", "3": "full", "2": peftkit.Full(keep_base=True)}
+    plan = peftkit.plan(make_model(), rules)
+    model = peftkit.wrap(make_model(), rules)
+    assert plan.trainable == peftkit.summary(model).trainable == 2 * (6 + 6) + 6 * 6 + 6 * 2
+    assert sorted(n for n, p in model.named_parameters() if p.requires_grad) == [
+        "0.adapters.default.weight.down", "0.adapters.default.weight.up", "2.adapters.default.weight.value", "3.weight",
+    ]  # fmt: skip
+
+
+def test_compiled_and_parallel_wrappers_are_looked_through(x):
+    """`torch.compile(model)` can be wrapped, switched and saved like the model inside it."""
+    compiled = torch.compile(make_model(), backend="eager")
+    model = peftkit.wrap(compiled, "lora")
+    assert model is compiled
+    assert list(peftkit.state_dict(model)) == ["0.weight.down", "0.weight.up", "2.weight.down", "2.weight.up"]
+
+
+def test_a_forward_on_the_instance_still_runs_adapted(x):
+    """A library that put its own forward on a layer (as accelerate and fused kernels do) keeps it, with the adapters."""
+    model = make_model()
+    original = model[0].forward
+    model[0].forward = lambda x: original(x) + 1
+    y = model(x)
+    model = peftkit.wrap(model, "lora")
+    assert torch.equal(model(x), y)
+    with torch.no_grad():
+        model[0].adapters["default"]["weight"].up.fill_(0.5)
+    changed = model(x)
+    assert not torch.allclose(changed, y)
+    torch.testing.assert_close(peftkit.merge(model)(x), changed)
+    peftkit.unwrap(peftkit.unmerge(model))
+    assert torch.equal(model(x), y)
+
+
+def test_the_signature_of_forward_is_kept():
+    """Trainers and generation look at a forward's parameters."""
+    import inspect
+
+    model = peftkit.wrap(make_model(), "lora")
+    assert list(inspect.signature(model[0].forward).parameters) == ["input"]
+    assert type(model[0]).__name__ == "Linear"
+    assert type(model[0]).__module__ == "torch.nn.modules.linear"
+    assert isinstance(model[0], nn.Linear)
