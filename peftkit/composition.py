@@ -23,12 +23,15 @@ RUNNING = "_peftkit_running"
 
 @dataclass(frozen=True)
 class Adapted:
-    """What a swapped layer knows about itself. Replaced whole when it changes, so that an undo need only put it back."""
+    """What a swapped layer knows about itself. Replaced whole when it changes, so that an undo need only put "
+    "it back.
+    """
 
     base: type[nn.Module]
     """The class that the layer had."""
     fast: LayerKind | None
-    """The layer's kind, if the layer's forward is the very one that the kind knows; only then is its fast path right."""
+    """The layer's kind, if the layer's forward is the very one that the kind knows; only then is its fast "
+    "path right."""
     kinds: dict[str, LayerKind]
     """For each adaptable parameter of the swapped class, how it becomes a matrix."""
     bias_of: dict[str, str]

@@ -107,7 +107,8 @@ def _match_keys(own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
 def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, format: str = "peftkit") -> None:  # noqa: A002
     """Write one adapter to one file, from which `load` restores it onto a fresh copy of the base.
 
-    The file holds the adapter's tensors, the method with its fields for every site, the sites' resolved paths, a fingerprint of the
+    The file holds the adapter's tensors, the method with its fields for every site, the sites' resolved paths, a
+    fingerprint of the
     base, and a digest of everything. The same adapter gives the same bytes.
 
     >>> import os, tempfile, torch, peftkit
@@ -209,7 +210,8 @@ def load(
         trainable: whether it can be trained further.
         check_base: compare a few values of every adapted base weight with those that the file remembers.
 
-    Raises `FormatError` for a file that is truncated or altered, `BaseMismatchError` for another base, `MethodError` for a method
+    Raises `FormatError` for a file that is truncated or altered, `BaseMismatchError` for another base, `MethodError`
+    for a method
     that is not installed.
 
     >>> import copy, tempfile, torch, peftkit
@@ -318,7 +320,9 @@ def _method(entry: dict[str, Any]) -> Method:
 def _rebuild(
     path: str | os.PathLike[str], sites: list[tuple[Site, Method, bool]], tensors: Mapping[str, Tensor]
 ) -> list[tuple[Site, Method, Adapter | Activation | None]]:
-    """The adapters of a file: made on the meta device, so that no initialisation is computed, then given their tensors."""
+    """The adapters of a file: made on the meta device, so that no initialisation is computed, then given "
+    "their tensors.
+    """
     built: list[tuple[Site, Method, Adapter | Activation | None]] = []
     expected: set[str] = set()
     for site, method, in_place in sites:

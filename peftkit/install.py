@@ -53,7 +53,8 @@ def wrap(
     Args:
         model: any `nn.Module`.
         method: a method's name, a `Method`, or an ordered mapping selector → method, of which the first match wins.
-        targets: which layers, for a single method; its own default otherwise (for LoRA, every linear layer but the head).
+        targets: which layers, for a single method; its own default otherwise (for LoRA, every linear layer but the
+            head).
         exclude: which layers to leave alone after all.
         name: the adapter's name. Wrap again under another name to add an adapter.
         **hyperparameters: fields of the method, when it is given by name.
@@ -134,10 +135,7 @@ def install(
         swapped_readers = tuple(reader for reader, _ in readers)
         new = Installed(adapters, active, flags, dict(roles), readers=swapped_readers)
         write_record(root, new)
-        for placement in placements:
-            if placement.adapter is None and placement.name in values:
-                parameter = placement.in_place()
-                parameter.data = values[placement.name].to(device=parameter.device, dtype=parameter.dtype)
+        _fill_in_place(placements, values)
         return model
 
     return atomically(root, [*layers.values(), *(reader for reader, _ in readers)], change)
@@ -156,22 +154,22 @@ def unwrap(model: nn.Module, name: str | None = None) -> nn.Module:
     >>> list(model.state_dict()) == before, type(model[0]).__name__
     (True, 'Linear')
     """
-
     known = unmerged(model, "unwrap")
     names = list(known.adapters) if name is None else [name]
     for each in names:
         for placement in known.placements(each):
             if placement.adapter is None and placement.version != placement.in_place()._version:
                 raise StateError(
-                    f"{placement.name} was trained in place by adapter {each!r} and its old values were not kept; to keep what "
-                    "was learned call peftkit.merge(model, keep_base=False), and to be able to go back use Full(keep_base=True)"
+                    f"{placement.name} was trained in place by adapter {each!r} and its old values were not "
+                    "kept; to keep what "
+                    "was learned call peftkit.merge(model, keep_base=False), and to be able to go back use "
+                    "Full(keep_base=True)"
                 )
     return remove(model, names)
 
 
 def remove(model: nn.Module, names: Iterable[str]) -> nn.Module:
     """Take adapters off the model, atomically; with the last one gone, everything that wrapping added."""
-
     known = installed(model)
     root = inner(model)
     gone = set(names)
@@ -206,7 +204,9 @@ def remove(model: nn.Module, names: Iterable[str]) -> nn.Module:
 
 
 def check_name(model: nn.Module, name: str) -> None:
-    """Refuse an adapter's name that is taken or that `nn.ModuleDict` cannot hold, and a model that cannot be wrapped now."""
+    """Refuse an adapter's name that is taken or that `nn.ModuleDict` cannot hold, and a model that cannot be "
+    "wrapped now.
+    """
     given: Any = name
     if not isinstance(given, str) or not name or "." in name or not name.isprintable() or len(name) > 128:
         raise StateError(f"an adapter's name is a short text without dots, got {name!r}")
@@ -226,7 +226,8 @@ def check_name(model: nn.Module, name: str) -> None:
         )
     if name in known.adapters:
         raise StateError(
-            f"the model has an adapter called {name!r} already; give another name=, or call peftkit.unwrap(model, {name!r}) first"
+            f"the model has an adapter called {name!r} already; give another name=, or call "
+            f"peftkit.unwrap(model, {name!r}) first"
         )
 
 
@@ -259,6 +260,13 @@ def _place(name: str, placement: Placement) -> None:
         group.training = layer.training
     group._modules[placement.weight] = placement.adapter
     _swap_for(layer, weight=placement.weight)
+
+
+def _fill_in_place(placements: Sequence[Placement], values: Mapping[str, Tensor]) -> None:
+    for placement in placements:
+        if placement.adapter is None and placement.name in values:
+            parameter = placement.in_place()
+            parameter.data = values[placement.name].to(device=parameter.device, dtype=parameter.dtype)
 
 
 def _swap_for(layer: nn.Module, *, weight: str | None = None, reads: tuple[nn.Module, ...] | None = None) -> None:
@@ -332,5 +340,6 @@ def _refuse_shared_in_place(known: Installed | None, placements: Sequence[Placem
             raw = placement.layer._parameters.get(placement.weight)
             if id(raw) in mine:
                 raise StateError(
-                    f"{placement.name} is adapted by {name!r}, so it cannot also be trained in place; use Full(keep_base=True)"
+                    f"{placement.name} is adapted by {name!r}, so it cannot also be trained in place; use "
+                    "Full(keep_base=True)"
                 )

@@ -31,7 +31,8 @@ class Placement:
     learns: frozenset[str]
     """Which of the adapter's parameters the method trains."""
     version: int | None = 0
-    """The weight's version counter when it was unfrozen, by which a change in place shows; None if it has changed already."""
+    """The weight's version counter when it was unfrozen, by which a change in place shows; None if it has "
+    "changed already."""
 
     @property
     def name(self) -> str:
@@ -75,7 +76,8 @@ class Installed:
         """Where the adapter `name` sits; `UnknownAdapterError` when there is none."""
         if name not in self.adapters:
             raise UnknownAdapterError(
-                f"no adapter called {name!r}{did_you_mean(name, self.adapters) or ';'} this model has: {', '.join(self.adapters)}"
+                f"no adapter called {name!r}{did_you_mean(name, self.adapters) or ';'} this model has: "
+                f"{', '.join(self.adapters)}"
             )
         return self.adapters[name]
 
@@ -91,7 +93,8 @@ class Installed:
 class Adapters(nn.ModuleDict):
     """The container at `<layer>.adapters`: adapter name → weight name → adapter.
 
-    A base checkpoint holds nothing of it, and still loads strictly: a state without a single key of this container leaves it
+    A base checkpoint holds nothing of it, and still loads strictly: a state without a single key of this container
+    leaves it
     as it is. A state with some of its keys and not others is refused as ever.
     """
 
@@ -140,7 +143,8 @@ def unmerged(model: nn.Module, action: str) -> Installed:
     found = installed(model)
     if found.merged:
         raise StateError(
-            f"cannot {action} while {', '.join(map(repr, found.merged))} {'is' if len(found.merged) == 1 else 'are'} merged; "
+            f"cannot {action} while {', '.join(map(repr, found.merged))} "
+            f"{'is' if len(found.merged) == 1 else 'are'} merged; "
             "call peftkit.unmerge first"
         )
     return found
@@ -158,7 +162,8 @@ def write_record(model: nn.Module, new: Installed | None) -> None:
 def atomically(model: nn.Module, touched: Iterable[nn.Module], change: Callable[[], T]) -> T:
     """Run `change`; whatever it raises, the model and the `touched` modules are first put back as they were.
 
-    Classes, attributes, registered parameters and modules, and every parameter's `requires_grad` and `data` are restored.
+    Classes, attributes, registered parameters and modules, and every parameter's `requires_grad` and `data` are
+    restored.
     What is written *into* a tensor is not: `change` must give a parameter other data instead.
     """
     root = inner(model)

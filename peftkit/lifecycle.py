@@ -65,7 +65,8 @@ def _switch(model: nn.Module, known: Installed, names: tuple[str, ...]) -> None:
 def using(model: nn.Module, *names: str) -> Iterator[nn.Module]:
     """`activate` for the length of a `with` block; what was active before is so again afterwards, whatever happens.
 
-    It acts on the model, and so on every thread that uses it. With gradient checkpointing, call `backward()` inside the block.
+    It acts on the model, and so on every thread that uses it. With gradient checkpointing, call `backward()` inside
+    the block.
 
     >>> import torch, peftkit
     >>> model = peftkit.wrap(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)), "lora")

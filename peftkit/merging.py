@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapter import Activation
+from peftkit.adapter import Activation, Adapter
 from peftkit.composition import compose, is_swapped, state_of, steps_for
 from peftkit.errors import StateError, UnsupportedLayerError
 from peftkit.install import remove
@@ -19,14 +19,18 @@ def merge(model: nn.Module, name: str | None = None, *, keep_base: bool = True, 
     """Fold adapters into new weights, computed in float32 (float64 for float64 weights), so that the base runs alone.
 
     Args:
+        model: a wrapped model.
         name: the adapter to fold; by default all active ones, in their order.
         keep_base: keep the originals, so that `unmerge` restores them exactly. With False they are freed and the merged
             adapters are removed: a plain model is left, ready for `save_pretrained`.
-        untie: a merge into one holder of a tied weight would leave the other with the old values. That is refused, unless this
+        untie: a merge into one holder of a tied weight would leave the other with the old values. That is refused,
+            unless this
             is True: then the two are separate weights from now on (and after `unmerge` one again).
 
-    Raises `StateError` when something is merged already, when `name` is not active or runs after one that is not merged;
-    `UnsupportedLayerError` for an adapter without a weight form, for a tied weight, and where a merged weight is not finite.
+    Raises `StateError` when something is merged already, when `name` is not active or runs after one that is not
+    merged;
+    `UnsupportedLayerError` for an adapter without a weight form, for a tied weight, and where a merged weight is not
+    finite.
 
     >>> import torch, peftkit
     >>> model = peftkit.wrap(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)), "lora", init="gaussian")
@@ -67,12 +71,14 @@ def merge(model: nn.Module, name: str | None = None, *, keep_base: bool = True, 
 
 
 def unmerge(model: nn.Module) -> nn.Module:
-    """Put the original weights back: the very parameters that `merge` put aside, so that any number of cycles drift by 0.
+    """Put the original weights back: the very parameters that `merge` put aside, so that any number of cycles drift
+    by 0.
 
     If the model was moved or cast while merged, the originals follow it. Raises `StateError` when nothing is merged.
 
     >>> import torch, peftkit
-    >>> model = peftkit.wrap(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)), "lora", init="pissa", rank=2)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    >>> model = peftkit.wrap(model, "lora", init="pissa", rank=2)
     >>> weight = model[0].weight.clone()
     >>> for _ in range(100):
     ...     model = peftkit.unmerge(peftkit.merge(model))
@@ -122,7 +128,8 @@ def _names_to_merge(known: Installed, name: str | None, *, keep_base: bool) -> t
     left = [other for other in known.adapters if other not in known.active]
     if left and not keep_base:
         raise StateError(
-            f"keep_base=False leaves a plain model, but {', '.join(map(repr, left))} does not run and would stay behind; "
+            f"keep_base=False leaves a plain model, but {', '.join(map(repr, left))} does not run and would "
+            "stay behind; "
             f"call peftkit.unwrap(model, {left[0]!r}) first, or merge one adapter by name"
         )
     return known.active
@@ -137,8 +144,8 @@ def _fold(
         for placement in known.adapters[name]:
             if isinstance(placement.adapter, Activation):
                 raise UnsupportedLayerError(
-                    f"{placement.method.name} at {placement.path or 'the model'} has no weight form, so adapter {name!r} cannot be "
-                    "merged; keep it unmerged"
+                    f"{placement.method.name} at {placement.path or 'the model'} has no weight form, "
+                    f"so adapter {name!r} cannot be merged; keep it unmerged"
                 )
             if placement.adapter is not None:
                 paths[id(placement.layer)] = (placement.path, placement.layer)
@@ -146,25 +153,27 @@ def _fold(
     for path, layer in paths.values():
         for weight in state_of(layer).kinds:
             steps = list(steps_for(layer, weight, names))
-            if not steps or (weight in layer._parameters and layer._parameters[weight] is None):
-                continue
-            if weight not in layer._parameters:
-                raise UnsupportedLayerError(
-                    f"{path}.{weight} is computed by a parametrization, so there is no weight to merge into; "
-                    "remove the parametrization before wrapping"
-                )
-            raw: nn.Parameter = layer._parameters[weight]  # type: ignore[assignment]
-            with torch.no_grad():
-                value = compose(layer, weight, raw.detach(), steps, dropping=False, at_least=torch.float32)
-                value = torch.empty_like(raw).copy_(value)
-            if not raw.is_meta and not value.isfinite().all():
-                raise UnsupportedLayerError(
-                    f"the merged {path}.{weight} is not finite; look at its adapter, it is not merged"
-                )
-            folded.append((layer, weight, raw, value))
+            if steps and layer._parameters.get(weight, layer) is not None:
+                folded.append((layer, weight, *_merged(path, layer, weight, steps)))
     if not untie:
         _refuse_tied(root, folded)
     return folded
+
+
+def _merged(path: str, layer: nn.Module, weight: str, steps: list[tuple[Adapter, str]]) -> tuple[nn.Parameter, Tensor]:
+    """The original of one parameter and its merged value, in the same layout, computed in float32 or better."""
+    raw = layer._parameters.get(weight)
+    if raw is None:
+        raise UnsupportedLayerError(
+            f"{path}.{weight} is computed by a parametrization, so there is no weight to merge into; "
+            "remove the parametrization before wrapping"
+        )
+    with torch.no_grad():
+        value = compose(layer, weight, raw.detach(), steps, dropping=False, at_least=torch.float32)
+        value = torch.empty_like(raw).copy_(value)
+    if not raw.is_meta and not value.isfinite().all():
+        raise UnsupportedLayerError(f"the merged {path}.{weight} is not finite; look at its adapter, it is not merged")
+    return raw, value
 
 
 def _refuse_tied(root: nn.Module, folded: list[tuple[nn.Module, str, nn.Parameter, Tensor]]) -> None:
@@ -178,6 +187,7 @@ def _refuse_tied(root: nn.Module, folded: list[tuple[nn.Module, str, nn.Paramete
         names = holders[id(original)]
         if len(names) > 1:
             raise UnsupportedLayerError(
-                f"{' and '.join(names)} are one tied weight; merging would change what one of them computes and not the other. "
+                f"{' and '.join(names)} are one tied weight; merging would change what one of them computes "
+                "and not the other. "
                 "To make them separate weights, merge(model, untie=True)"
             )

@@ -23,16 +23,17 @@ class Method(ABC):
     >>> import peftkit
     >>> peftkit.LoRA(rank=16).fields()["rank"]
     16
-    >>> peftkit.LoRA(rnak=16)
+    >>> peftkit.LoRA(rnak=16)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    peftkit.errors.FieldError: lora has no field 'rnak'; did you mean 'rank'? Its fields: rank, alpha, dropout, init, rank_stabilized
+    peftkit.errors.FieldError: lora has no field 'rnak'; did you mean 'rank'? Its fields: rank, alpha, ...
     """
 
     name: ClassVar[str]
     """How users ask for the method: lower-case letters, digits, `_` and `-`. It is also the entry point's name."""
 
     scope: ClassVar[Literal["weights", "parameters", "modules"]] = "weights"
-    """What a selector stands for: the weights that a layer kind knows as matrices (the common case); every parameter at or
+    """What a selector stands for: the weights that a layer kind knows as matrices (the common case); every parameter
+    at or
     below the module, whatever its kind; or the module as a whole, for an `Activation`."""
 
     vectors: ClassVar[bool] = False
@@ -58,7 +59,8 @@ class Method(ABC):
     def adapter(self, site: Site, shared: Any = None) -> Adapter | Activation | None:
         """The adapter for one site, or None to install nothing there.
 
-        To train the layer's own weight, call `site.unfreeze()` and return None. It must also run when the site is on the
+        To train the layer's own weight, call `site.unfreeze()` and return None. It must also run when the site is on
+        the
         meta device, where tensors have shapes and no values: that is how `plan` counts and how `load` prepares.
         """
 
@@ -83,7 +85,7 @@ class Method(ABC):
             raise FieldError(f"{cls.name} needs its field {missing[0]!r}")
         return method
 
-    def require(self, condition: bool, field: str, wants: str) -> None:
+    def require(self, condition: bool, field: str, wants: str) -> None:  # noqa: FBT001 - reads as an assertion does
         """Raise a `FieldError` that names the field, what it must be and what it is, unless `condition` holds."""
         if not condition:
             raise FieldError(f"{self.name}: {field} must be {wants}, got {getattr(self, field)!r}")

@@ -98,14 +98,11 @@ class Plan:
         headers = ["path", "layer", "weight", "matrix", "role", "method", "each", "sites", "trainable"]
         cells = [[*line[:-1], f"{int(line[-1]):,}", f"{n:,}", f"{int(line[-1]) * n:,}"] for line, n in lines.items()]
         share = f" ({self.trainable / self.total:.2%} of it)" if self.total else ""
-        return "\n".join(
-            [
-                table(headers, cells, right="each sites trainable"),
-                "",
-                f"trainable: {count(self.trainable, 'parameter')}; the model has {count(self.total, 'parameter')}{share}",
-                *(f"rule {hit.selector} → {hit.method}: {count(hit.weights, 'weight')}" for hit in self.hits),
-            ]
+        totals = (
+            f"trainable: {count(self.trainable, 'parameter')}; the model has {count(self.total, 'parameter')}{share}"
         )
+        rules = [f"rule {hit.selector} → {hit.method}: {count(hit.weights, 'weight')}" for hit in self.hits]
+        return "\n".join([table(headers, cells, right="each sites trainable"), "", totals, *rules])
 
 
 def plan(

@@ -65,9 +65,9 @@ def method(name: str) -> type[Method]:
     >>> import peftkit
     >>> peftkit.method("lora") is peftkit.LoRA
     True
-    >>> peftkit.method("loar")
+    >>> peftkit.method("loar")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    peftkit.errors.UnknownMethodError: no method called 'loar' is installed; did you mean 'lora'? Installed: frozen, full, lora
+    peftkit.errors.UnknownMethodError: no method called 'loar' is installed; did you mean 'lora'? Installed: ...
     """
     with _lock:
         if name not in _loaded:
@@ -141,7 +141,7 @@ def _offered(plugin: Any, name: str, owner: str) -> type[Method]:
         offered = [method for hook in hooks for method in _call(hook)]
         found = [m for m in offered if isinstance(m, type) and issubclass(m, Method) and m.name == name]
         if len(found) != 1:
-            raise PluginError(
+            raise PluginError(  # noqa: TRY301 - it gets the package's name below, as every other fault does
                 f"its hook peftkit_methods offers {[getattr(m, 'name', m) for m in offered]}, not {name!r} once"
             )
     except Exception as error:
@@ -157,7 +157,9 @@ def _call(hook: pluggy.HookImpl) -> list[Any]:
 
 
 def kind_of(layer_class: type[nn.Module]) -> tuple[LayerKind, type] | None:
-    """The kind that serves a layer class, and the class in its ancestry that the kind was written for; None if there is none."""
+    """The kind that serves a layer class, and the class in its ancestry that the kind was written for; None "
+    "if there is none.
+    """
     try:
         return _kinds[layer_class]
     except KeyError:

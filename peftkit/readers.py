@@ -1,7 +1,8 @@
 """Finds who reads a layer's weight without calling the layer, by scanning the bytecode of its ancestors.
 
 `nn.MultiheadAttention` reads `out_proj.weight`, Mamba reads `dt_proj.weight`: an adapter that lives only in its
-own layer's forward would be dead there, and nobody would be told. What a scan cannot see (`getattr(m, name)`, a helper in
+own layer's forward would be dead there, and nobody would be told. What a scan cannot see (`getattr(m, name)`, a
+helper in
 another module) is left to `verify`.
 """
 
@@ -24,7 +25,8 @@ def find_readers(
 ) -> dict[str, list[str]]:
     """Paths of the modules whose forward reads a weight of one of `layers` itself, each with the paths of these layers.
 
-    `modules` maps every path of the model to its module; `layers` maps each adapted path to its adapted parameters' names.
+    `modules` maps every path of the model to its module; `layers` maps each adapted path to its adapted parameters'
+    names.
     """
     readers: dict[str, list[str]] = {}
     for path, weights in layers.items():
@@ -59,7 +61,9 @@ def child_reads(module_class: type) -> frozenset[tuple[str, str]]:
 
 
 def _codes_of(module_class: type, name: str) -> Iterator[CodeType]:
-    """The code of every definition of a method in the class's ancestry (`super()` reaches them), nested functions too."""
+    """The code of every definition of a method in the class's ancestry (`super()` reaches them), nested "
+    "functions too.
+    """
     for ancestor in module_class.__mro__:
         if ancestor in (nn.Module, object):
             continue

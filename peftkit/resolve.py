@@ -73,7 +73,9 @@ class Resolution:
     def resolve(
         self, rules: Sequence[Rule], exclude: tuple[Selector, ...]
     ) -> tuple[tuple[tuple[Site, Method], ...], tuple[Hits, ...]]:
-        """Resolve the rules; the first that can adapt a weight has it. Returns sites in model order, and each selector's hits."""
+        """Resolve the rules; the first that can adapt a weight has it. Returns sites in model order, and each "
+        "selector's hits.
+        """
         excluded = self._excluded(exclude)
         taken: dict[tuple[int, str], tuple[Site, Method]] = {}
         hits: list[Hits] = []
@@ -89,7 +91,8 @@ class Resolution:
                 hits.append(Hits(describe(selector), str(rule.method), len(left)))
             if len(taken) == before:
                 raise SelectorError(
-                    f"everything that {', '.join(repr(describe(s)) for s in rule.selectors)} → {rule.method} matches is "
+                    f"everything that {', '.join(repr(describe(s)) for s in rule.selectors)} → {rule.method} "
+                    "matches is "
                     "taken by earlier rules; the first match wins, so put it first"
                 )
         order = {key: i for i, key in enumerate(self._keys())}
@@ -218,7 +221,7 @@ class Resolution:
             return f"{text}, a vector, which {method.name} cannot adapt; {method.name} adapts matrices"
         if first.module._modules:
             below = f"{first.path}.**" if first.path else "**"
-            return f"{text}, which holds layers but is none that {method.name} can adapt; to mean what is below it, write {below!r}"
+            return f"{text}, a container and no layer that {method.name} can adapt; for what is below, write {below!r}"
         own = [f"{first.path}.{n}" for n, p in _parameters(first.module) if p is not None and p.dim() >= 2]
         if own:
             return f"{text}, for which no layer kind is installed; select its parameters by path: {', '.join(own)}"

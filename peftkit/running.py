@@ -1,7 +1,8 @@
 """Runs a layer's forward with its adapters: by a fast path where that is certain to be right, by the weight otherwise.
 
 * The fast path (rule R2 in docs/design.md) adds low-rank products to the output, and builds no adapted weight.
-* The generic path opens a *frame* of the layer in this thread, in which its weights read as adapted ones (rule R1), and runs
+* The generic path opens a *frame* of the layer in this thread, in which its weights read as adapted ones (rule R1),
+  and runs
   the layer's own forward. A frame remembers what it computed, and forgets it when it closes.
 
 While compiling there are no frames, because opening one is a side effect that graph capture refuses: every read adapts.

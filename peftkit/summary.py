@@ -42,22 +42,17 @@ class Summary:
 
     def __str__(self) -> str:
         """A table with a line an adapter, and the totals below it."""
-        rows = [
-            [
-                a.name, ", ".join(a.methods), str(a.layers), f"{a.trainable:,}", f"{a.parameters:,}", size(a.bytes),
-                ", ".join(a.dtypes), " ".join(w for w, on in (("active", a.active), ("merged", a.merged)) if on) or "off",
-            ]
-            for a in self.adapters
-        ]  # fmt: skip
+        rows = []
+        for a in self.adapters:
+            state = " ".join(word for word, on in (("active", a.active), ("merged", a.merged)) if on)
+            numbers = [str(a.layers), f"{a.trainable:,}", f"{a.parameters:,}", size(a.bytes)]
+            rows.append([a.name, ", ".join(a.methods), *numbers, ", ".join(a.dtypes), state or "off"])
         headers = ["adapter", "method", "layers", "trainable", "parameters", "size", "dtype", "state"]
         share = f"{self.trainable / self.total:.2%}" if self.total else "0 %"
-        return "\n".join(
-            [
-                table(headers, rows, right="layers trainable parameters size"),
-                "",
-                f"trainable: {self.trainable:,} of {count(self.total, 'parameter')} ({share}); {size(self.bytes)} in all",
-            ]
+        totals = (
+            f"trainable: {self.trainable:,} of {count(self.total, 'parameter')} ({share}); {size(self.bytes)} in all"
         )
+        return "\n".join([table(headers, rows, right="layers trainable parameters size"), "", totals])
 
 
 def summary(model: nn.Module) -> Summary:

@@ -2,7 +2,8 @@
 
 The subclass has the same `__name__`, `__qualname__`, `__module__` and forward signature, so that `isinstance`, hooks,
 generation, export and compilers see the layer they know. Two things differ: its `forward` runs the adapters
-(`peftkit.running`), and `layer.weight` reads as the adapted weight while a frame of that layer is open in this thread, and
+(`peftkit.running`), and `layer.weight` reads as the adapted weight while a frame of that layer is open in this
+thread, and
 as the untouched parameter otherwise (rule R1 in docs/design.md).
 """
 
@@ -38,7 +39,9 @@ _classes: "weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[tuple[str
 
 
 def swap(layer: nn.Module, state: Adapted) -> None:
-    """Give the layer the class that `state` asks for, or give it back its own when nothing is left to adapt or to read."""
+    """Give the layer the class that `state` asks for, or give it back its own when nothing is left to adapt "
+    "or to read.
+    """
     own = layer.__dict__.get(LAYER)
     layer.__class__ = adapted_class(state.base, state.kinds)
     layer.__dict__[LAYER] = state
@@ -75,7 +78,9 @@ def _make_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:  # noqa: ARG001 - pickle's own signature
-    """Copy and pickle by the base class, which can be imported. The state is asked for, because recurrent layers clean theirs."""
+    """Copy and pickle by the base class, which can be imported. The state is asked for, because recurrent "
+    "layers clean theirs.
+    """
     state = state_of(self)
     return _rebuild, (state.base, tuple(state.kinds)), self.__getstate__()  # type: ignore[no-untyped-call]
 
@@ -89,7 +94,8 @@ def _refuse_overridden(layer: nn.Module, names: tuple[str, ...]) -> None:
     for name in names:
         if not isinstance(inspect.getattr_static(type(layer), name, None), _AdaptedParameter):
             raise StateError(
-                f"{base_class(layer).__name__}.{name} was given a parametrization after wrapping, which hides its adapters; "
+                f"{base_class(layer).__name__}.{name} was given a parametrization after wrapping, which hides "
+                "its adapters; "
                 "call peftkit.unwrap first, register the parametrization, then wrap"
             )
 

@@ -1,7 +1,7 @@
 """What must hold on whole models: tiny random ones of transformers, from configurations, and a plain MLP.
 
-Outputs are compared bit for bit wherever nothing but the adapters may differ, on a frozen base and without gradients: torch
-chooses its matrix kernels, and so its roundings, by what requires grad.
+Outputs are compared bit for bit wherever nothing but the adapters may differ, on a frozen base and without gradients:
+torch chooses its matrix kernels, and so its roundings, by what requires grad.
 """
 
 import copy
@@ -32,7 +32,7 @@ def single_threaded():
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet():
-    """transformers' advice to the user (kernels that are not installed, caches under checkpointing) is no test result."""
+    """transformers' advice to the user (kernels that are not installed, say) is no test result."""
     try:
         from transformers.utils import logging
     except ImportError:
@@ -133,8 +133,14 @@ def build(name, *, seed=0, dtype=torch.float32):
         ).eval().to(dtype)  # fmt: skip
     cls = getattr(pytest.importorskip("transformers"), case.cls)
     model = cls(cls.config_class(**case.config))
-    model.requires_grad_(True)
-    return model.eval().to(dtype)
+    return cast(model.eval(), dtype)
+
+
+def cast(model, dtype):
+    """`model.to(dtype)`, where experts run one by one in float64, for which torch has no grouped product."""
+    if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model.to(dtype)
 
 
 def frozen(model):
@@ -314,11 +320,11 @@ def test_merge(name):
 def bfloat16_bound(depth):
     """How far merged may be from unmerged in bfloat16, relative to the output, for `depth` adapted layers in a row.
 
-    A rounding to bfloat16 is off by at most eps / 2. Unmerged, a layer's output has been rounded three times (the base's, the
-    update's, their sum), the update's inner product once; merged, the weight once and the output once. So the two
-    differ by at most 6 * eps / 2 a layer. Whatever follows passes a difference on about as large as it comes, because
-    norms and residual sums keep to scale, and rounds alike on both sides. Independent roundings add up as a random walk,
-    whence the square root.
+    A rounding to bfloat16 is off by at most eps / 2. Unmerged, a layer's output has been rounded three times (the
+    base's, the update's, their sum), the update's inner product once; merged, the weight once and the output once. So
+    the two differ by at most 6 * eps / 2 a layer. Whatever follows passes a difference on about as large as it comes,
+    because norms and residual sums keep to scale. Independent roundings add up as a random walk, whence the square
+    root.
     """
     return 3 * torch.finfo(torch.bfloat16).eps * math.sqrt(depth)
 
@@ -329,11 +335,10 @@ def test_merge_in_bfloat16(name):
     """Merged is unmerged up to rounding in bfloat16 as well, and the rounding is far below what was learned."""
     bound = bfloat16_bound(CASES[name].depth)
     inputs = inputs_of(name, dtype=torch.bfloat16)
-    model = tuned(name, dtype=torch.bfloat16, steps=10, lr=5e-2)
+    model = tuned(name, dtype=torch.bfloat16)
     base, unmerged = output(frozen(build(name, dtype=torch.bfloat16)), inputs), output(model, inputs)
     merged = output(peftkit.merge(model), inputs)
-    assert merged.dtype == torch.bfloat16
-    assert difference(unmerged, base) > 5 * bound, "the update drowns in rounding, so this shows nothing"
+    assert difference(unmerged, base) > 10 * bound, "the update drowns in rounding, so this shows nothing"
     assert difference(merged, unmerged) < bound
 
 
@@ -396,8 +401,22 @@ def test_unwrap(name):
 
 
 @every_model
+def test_merge_for_good(name):
+    """`merge(keep_base=False)` leaves the model that was wrapped, with other values and nothing of peftkit."""
+    model, inputs = build(name), inputs_of(name)
+    before, keys = everything(model), list(model.state_dict())
+    unmerged = output(train(wrap(name, model), inputs), inputs)
+    assert peftkit.merge(model, keep_base=False) is model
+    modules, tensors = everything(model)
+    assert modules == before[0]
+    assert [(path, flag) for path, _, flag in tensors] == [(path, flag) for path, _, flag in before[1]]
+    assert list(model.state_dict()) == keys
+    assert difference(output(model, inputs), unmerged) < 1e-5
+
+
+@every_model
 def test_hooks(name):
-    """Forward hooks and pre-hooks run once a call, wrapped, merged and unwrapped, whether set before or after wrapping."""
+    """Forward hooks and pre-hooks run once a call, wrapped, merged and unwrapped, set before wrapping or after."""
     model, inputs = build(name), inputs_of(name)
     calls = Counter()
 
@@ -429,7 +448,7 @@ def test_hook_that_changes_the_output(name):
     """What a forward hook of an adapted layer returns takes the place of the adapted output."""
     model, inputs = tuned(name), inputs_of(name)
     plain = output(model, inputs)
-    layer = model.get_submodule(sorted(DEFAULTS[name])[0])
+    layer = model.get_submodule(min(DEFAULTS[name]))
     handle = layer.register_forward_hook(lambda _module, _args, y: torch.zeros_like(y))
     assert not torch.equal(output(model, inputs), plain)
     handle.remove()
@@ -563,15 +582,15 @@ def test_cast(name, dtype):
     """`.to(dtype)` casts base and adapters, the model runs in the new dtype, and unwrapping leaves the base in it."""
     model, inputs = tuned(name), inputs_of(name, dtype=dtype)
     expected = output(model, inputs_of(name))
-    model.to(dtype)
+    cast(model, dtype)
     assert {p.dtype for p in adapter_parameters(model).values()} == {dtype}
     result = output(model, inputs)
-    assert result.dtype == dtype
     bound = 1e-5 if dtype == torch.float64 else bfloat16_bound(CASES[name].depth)
     if name != "qwen3_moe" or dtype == torch.float64:  # as above: a router's choice is a step
         assert difference(result, expected) < bound
-    plain = frozen(build(name)).to(dtype)
-    assert torch.equal(output(frozen(peftkit.unwrap(model)), inputs), output(plain, inputs))
+    plain = output(cast(frozen(build(name)), dtype), inputs)
+    assert result.dtype == plain.dtype
+    assert torch.equal(output(frozen(peftkit.unwrap(model)), inputs), plain)
 
 
 @every_model
@@ -607,7 +626,9 @@ def test_gradient_checkpointing(method, reentrant):
     model.enable_input_require_grads()
     expected = gradients(model, inputs)
     assert all(gradient.any() for gradient in expected.values())
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    # Later releases of transformers have another name for it, and warn of this one.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
     runs = Counter()
     for module in model.model.layers:
         module.self_attn.register_forward_hook(lambda *_: runs.update(["attention"]))
@@ -642,5 +663,5 @@ def test_import_is_light():
         peftkit.unwrap(peftkit.unmerge(peftkit.merge(model)))
         print(sorted({"transformers", "accelerate", "peft", "tokenizers"} & set(sys.modules)))
     """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr

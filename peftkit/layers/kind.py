@@ -48,15 +48,15 @@ class LayerKind(ABC):
         """How many elements `weight` must hold; another number (a packed 4-bit weight, say) means another kind."""
         return math.prod(self.shape(layer, weight))
 
-    def matrix(self, layer: Any, weight: str, w: Tensor) -> Tensor:  # noqa: ARG002
+    def matrix(self, layer: Any, weight: str, w: Tensor) -> Tensor:
         """View `w`, as the layer stores it, as a matrix `[..., out, in]`."""
         return w
 
-    def restore(self, layer: Any, weight: str, m: Tensor) -> Tensor:  # noqa: ARG002
+    def restore(self, layer: Any, weight: str, m: Tensor) -> Tensor:
         """Undo `matrix`: view `m` as the layer stores it."""
         return m
 
-    def fuses(self, layer: Any) -> bool:  # noqa: ARG002
+    def fuses(self, layer: Any) -> bool:
         """Whether `plain` and `low_rank` can serve this layer with the options that it has."""
         return False
 

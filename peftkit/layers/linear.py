@@ -36,7 +36,8 @@ class Linear(LayerKind):
         """`x [..., in] -> [..., out]` by way of `[..., rank]`."""
         if dropout:
             x = F.dropout(x, dropout)
-        # Flattened, because torch chooses its kernel for three dimensions by what requires grad, and rounds accordingly.
+        # Flattened, because torch chooses its kernel for three dimensions by what requires grad, and rounds
+        # accordingly.
         h = F.linear(x.reshape(-1, x.shape[-1]), down) * scale
         return F.linear(h, up).reshape(*x.shape[:-1], up.shape[0])
 
