@@ -6,9 +6,9 @@ docs/design.md). The base's own parameter is read past everything that adapts it
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,8 @@ class Adapted:
     """For each adaptable parameter of the swapped class, how it becomes a matrix."""
     bias_of: dict[str, str]
     """For each bias, the weight that it goes with."""
+    lists: Mapping[str, str] = field(default_factory=dict)
+    """Attributes in which the layer keeps its weights once more, each with the attribute that lists their names."""
     reads: tuple[nn.Module, ...] = ()
     """Layers whose weights this one's forward reads itself."""
 

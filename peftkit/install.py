@@ -281,7 +281,9 @@ def _swap_for(layer: nn.Module, *, weight: str | None = None, reads: tuple[nn.Mo
         if bias is not None:
             bias_of[bias] = weight
             kinds.setdefault(bias, plugins.parameter_kind)
-    new = dataclasses.replace(own, kinds=kinds, bias_of=bias_of, reads=own.reads if reads is None else reads)
+    lists = {**own.lists, **(kinds[weight].lists if weight in kinds else {})}
+    reads = own.reads if reads is None else reads
+    new = dataclasses.replace(own, kinds=kinds, bias_of=bias_of, lists=lists, reads=reads)
     if not new.reads and "adapters" not in layer._modules:
         if is_swapped(layer):
             unswap(layer)

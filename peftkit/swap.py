@@ -23,19 +23,17 @@ from peftkit.errors import StateError
 from peftkit.running import SEEN, frames, run
 
 
-def adapted_class(base: type[nn.Module], names: Iterable[str]) -> type[nn.Module]:
+def adapted_class(base: type[nn.Module], names: Iterable[str], lists: Iterable[tuple[str, str]]) -> type[nn.Module]:
     """The subclass of `base` that runs adapters and whose parameters `names` can read as adapted ones; made once."""
-    key = tuple(sorted(names))
+    key = (tuple(sorted(names)), tuple(sorted(lists)))
     cache = _classes.setdefault(base, weakref.WeakValueDictionary())
     swapped = cache.get(key)
     if swapped is None:
-        swapped = cache[key] = _make_class(base, key)
+        swapped = cache[key] = _make_class(base, *key)
     return swapped
 
 
-_classes: "weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[tuple[str, ...], type]]" = (
-    weakref.WeakKeyDictionary()
-)
+_classes: "weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[Any, type]]" = weakref.WeakKeyDictionary()
 
 
 def swap(layer: nn.Module, state: Adapted) -> None:
@@ -43,7 +41,7 @@ def swap(layer: nn.Module, state: Adapted) -> None:
     "or to read.
     """
     own = layer.__dict__.get(LAYER)
-    layer.__class__ = adapted_class(state.base, state.kinds)
+    layer.__class__ = adapted_class(state.base, state.kinds, state.lists.items())
     layer.__dict__[LAYER] = state
     layer.__dict__.setdefault(RUNNING, None)
     if own is None:
@@ -58,7 +56,7 @@ def unswap(layer: nn.Module) -> None:
         layer.__dict__.pop(name, None)
 
 
-def _make_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def _make_class(base: type[nn.Module], names: tuple[str, ...], lists: tuple[tuple[str, str], ...]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if type(self) is not swapped:
             _refuse_overridden(self, names)
@@ -72,6 +70,7 @@ def _make_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
         "forward": forward,
         "__reduce_ex__": _reduce,
         **{name: _property(name) for name in names},
+        **{name: _list_property(name, own) for name, own in lists},
     }
     swapped: type[nn.Module] = types.new_class(base.__name__, (base,), exec_body=lambda body: body.update(namespace))
     return swapped
@@ -82,11 +81,11 @@ def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:  # noqa: ARG001 
     "layers clean theirs.
     """
     state = state_of(self)
-    return _rebuild, (state.base, tuple(state.kinds)), self.__getstate__()  # type: ignore[no-untyped-call]
+    return _rebuild, (state.base, tuple(state.kinds), tuple(state.lists.items())), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
-def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    cls = adapted_class(base, names)
+def _rebuild(base: type[nn.Module], names: tuple[str, ...], lists: tuple[tuple[str, str], ...]) -> nn.Module:
+    cls = adapted_class(base, names, lists)
     return cls.__new__(cls)
 
 
@@ -126,6 +125,26 @@ def _property(name: str) -> _AdaptedParameter:
         del self.__dict__[name]
 
     return _AdaptedParameter(read, write, delete)
+
+
+def _list_property(name: str, names: str) -> property:
+    """The property that stands for a list in which a layer keeps its weights once more (recurrent layers do).
+
+    In a frame it is made of what the weights read as there, and what the layer writes to it is not kept.
+    """
+
+    def read(self: nn.Module) -> Any:
+        if torch.compiler.is_compiling() or id(self) in frames.open:
+            return [getattr(self, each, None) for each in getattr(self, names)]
+        if name not in self.__dict__:
+            raise AttributeError(name)
+        return self.__dict__[name]
+
+    def write(self: nn.Module, value: Any) -> None:
+        if id(self) not in frames.open:
+            self.__dict__[name] = value
+
+    return property(read, write)
 
 
 class _InstanceForward:

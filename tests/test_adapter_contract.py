@@ -314,7 +314,7 @@ def differentiable(x, dtype):
 
 @ALL_LAYERS
 @ALL_METHODS
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_definition(layer, method, dtype):
     """A method has the output and the gradients that autograd gives its formula, on every kind and option of layer."""
     build, make_input = LAYERS[layer]

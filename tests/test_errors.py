@@ -9,6 +9,14 @@ from peftkit import errors
 from torch import nn
 
 
+class Table(nn.Module):
+    """A layer of its own kind, for which nobody has written a layer kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(6, 6))
+
+
 class Mlp(nn.Module):
     def __init__(self):
         super().__init__()
@@ -17,7 +25,7 @@ class Mlp(nn.Module):
         self.act = nn.ReLU()
         self.norm = nn.LayerNorm(6)
         self.block = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
-        self.rnn = nn.LSTM(6, 6)
+        self.table = Table()
         self.score = nn.Linear(6, 2)
 
     def forward(self, x):
@@ -61,7 +69,11 @@ WRAPS = {
     "an infinite alpha": (errors.FieldError, dict(method="lora", alpha=float("inf")), ["alpha"]),
     "an unknown init": (errors.FieldError, dict(method="lora", init="pizza"), ["pissa"]),
     "an odd rank for orthogonal": (errors.FieldError, dict(method="lora", init="orthogonal", rank=3), ["even"]),
-    "a rank beyond the weight": (errors.FieldError, dict(method="lora", init="pissa", rank=7), ["at most 6", "q_proj.weight"]),
+    "a rank beyond the weight": (
+        errors.FieldError,
+        dict(method="lora", init="pissa", rank=7),
+        ["at most 6", "q_proj.weight"],
+    ),
     "fields beside a method": (errors.FieldError, dict(method=peftkit.LoRA(), rank=8), ["rank", "LoRA(rank=…)"]),
     "a class for a method": (errors.FieldError, dict(method=peftkit.LoRA), ["LoRA"]),
     "a selector without a hit": (errors.SelectorError, dict(targets="q_porj"), ["'q_porj'", "q_proj"]),
@@ -78,7 +90,7 @@ WRAPS = {
     "a norm": (errors.UnsupportedLayerError, dict(targets="norm"), ["LayerNorm", "lora"]),
     "a vector": (errors.UnsupportedLayerError, dict(targets="norm.weight"), ["vector", "lora"]),
     "a container": (errors.UnsupportedLayerError, dict(targets="block"), ["Sequential", "block.**"]),
-    "a layer without a kind": (errors.UnsupportedLayerError, dict(targets="rnn"), ["LSTM", "rnn.weight_ih_l0"]),
+    "a layer without a kind": (errors.UnsupportedLayerError, dict(targets="table"), ["Table", "table.values"]),
     "an empty mapping": (errors.SelectorError, dict(method={}), ["empty"]),
     "targets beside rules": (errors.SelectorError, dict(method={"q_proj": "lora"}, targets="k_proj"), ["targets"]),
     "fields beside rules": (errors.FieldError, dict(method={"q_proj": "lora"}, rank=2), ["rank"]),
@@ -114,7 +126,11 @@ STATES = {
     "merging out of order": (errors.StateError, lambda m: peftkit.merge(m, "b"), ["'a'", "before 'b'"]),
     "saving one of several unnamed": (errors.StateError, lambda m: peftkit.save(m, "x"), ["a, b", "name="]),
     "an unknown format": (errors.FileError, lambda m: peftkit.save(m, "x", "a", format="zip"), ["zip"]),
-    "wrapping around a wrapped model": (errors.StateError, lambda m: peftkit.wrap(nn.Sequential(m)), ["'0'", "wrapped"]),
+    "wrapping around a wrapped model": (
+        errors.StateError,
+        lambda m: peftkit.wrap(nn.Sequential(m)),
+        ["'0'", "wrapped"],
+    ),
     "asking an outer module": (errors.StateError, lambda m: peftkit.summary(nn.Sequential(m)), ["'0'"]),
 }
 
@@ -177,7 +193,11 @@ def test_weights_trained_in_place_have_no_way_back(model):
         model.score.weight.add_(1)
     refused(model, errors.StateError, "score.weight", "keep_base", call=lambda: peftkit.unwrap(model))
     refused(
-        model, errors.StateError, "score.weight", "'a'", call=lambda: peftkit.wrap(model, "lora", targets="score", name="b")
+        model,
+        errors.StateError,
+        "score.weight",
+        "'a'",
+        call=lambda: peftkit.wrap(model, "lora", targets="score", name="b"),
     )
     kept = model.score.weight.detach().clone()
     model = peftkit.merge(model, keep_base=False)
@@ -187,7 +207,13 @@ def test_weights_trained_in_place_have_no_way_back(model):
 def test_a_weight_that_others_stand_on_is_not_trained_in_place(model):
     """Training a base weight in place would move it under another adapter."""
     model = wrapped(model)
-    refused(model, errors.StateError, "q_proj.weight", "keep_base=True", call=lambda: peftkit.wrap(model, "full", targets="q_proj", name="c"))
+    refused(
+        model,
+        errors.StateError,
+        "q_proj.weight",
+        "keep_base=True",
+        call=lambda: peftkit.wrap(model, "full", targets="q_proj", name="c"),
+    )
 
 
 def test_layers_that_cannot_be_adapted():
@@ -203,7 +229,9 @@ def test_layers_that_cannot_be_adapted():
 
     packed = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU())
     packed[0].weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(errors.UnsupportedLayerError, match=r"Linear.*no weight that lora can adapt|select its parameters"):
+    with pytest.raises(
+        errors.UnsupportedLayerError, match=r"Linear.*no weight that lora can adapt|select its parameters"
+    ):
         peftkit.wrap(packed, "lora", targets="0")
 
 
@@ -226,7 +254,14 @@ def test_a_tied_weight_is_not_merged_silently():
             self.head.weight = self.embed.weight
 
     model = peftkit.wrap(Tied(), "lora", targets="embed", init="gaussian")
-    refused(model, errors.UnsupportedLayerError, "embed.weight", "head.weight", "untie=True", call=lambda: peftkit.merge(model))
+    refused(
+        model,
+        errors.UnsupportedLayerError,
+        "embed.weight",
+        "head.weight",
+        "untie=True",
+        call=lambda: peftkit.merge(model),
+    )
     shared = model.embed.weight
     peftkit.merge(model, untie=True)
     assert model.head.weight is shared
@@ -247,4 +282,7 @@ def test_the_tree_of_errors_is_as_drawn():
             drawn[found[2]] = stack[-2] if depth else "PeftkitError"
     real = {n: c for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, errors.PeftkitError)}
     assert set(drawn) == set(real)
-    assert all(real[name] is errors.PeftkitError or real[name].__bases__[0].__name__ == parent for name, parent in drawn.items())
+    assert all(
+        real[name] is errors.PeftkitError or real[name].__bases__[0].__name__ == parent
+        for name, parent in drawn.items()
+    )

@@ -202,7 +202,8 @@ def adapter_parameters(model):
 
 
 def equal_states(a, b):
-    return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
+    """The same keys in the same order, with the same values in the same dtypes, which `torch.equal` doesn't look at."""
+    return list(a) == list(b) and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
 
 
 # -------------------------------------------------------------------------------------- which layers, by default

@@ -19,7 +19,8 @@ DOCS = REPOSITORY / "docs"
 
 # Imports only point up this list: a module may import those before it.
 ORDER = [
-    "errors", "globs", "selectors", "roles", "tables", "hookspecs", "layers.kind", "layers.conv", "layers.embedding", "layers.linear",
+    "errors", "globs", "selectors", "roles", "tables", "hookspecs", "layers.kind", "layers.attention", "layers.conv", "layers.embedding",
+    "layers.linear", "layers.recurrent",
     "layers", "adapter", "method", "plugins", "readers", "composition", "running", "swap", "installed",
     "resolve", "plan", "install", "lifecycle", "merging",
     "summary", "manifests", "files", "methods", "methods.frozen", "methods.full", "methods.lora",

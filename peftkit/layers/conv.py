@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from peftkit.layers.kind import LayerKind
 
 _POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 class _Conv(LayerKind):
@@ -53,13 +54,16 @@ class _Conv(LayerKind):
         """A convolution like the layer's to `groups * rank` channels, then a pointwise one to the output's."""
         if dropout:
             x = F.dropout(x, dropout)
-        rank, groups = down.shape[0], layer.groups
         kernels = down.reshape(-1, *self._kernel(layer))
-        if groups > 1:
-            kernels = kernels.repeat(groups, *(1 for _ in kernels.shape[1:]))
-        h = layer._conv_forward(x, kernels, None) * scale
-        dims = len(layer.kernel_size)
-        return _POINTWISE[dims](h, up.reshape(-1, rank, *(1 for _ in range(dims))), groups=groups)
+        if layer.groups > 1:
+            kernels = kernels.repeat(layer.groups, *(1 for _ in kernels.shape[1:]))
+        return _pointwise(layer, layer._conv_forward(x, kernels, None) * scale, up)
+
+
+def _pointwise(layer: Any, h: Tensor, up: Tensor) -> Tensor:
+    """From `groups * rank` channels to the output's."""
+    dims = len(layer.kernel_size)
+    return _POINTWISE[dims](h, up.reshape(*up.shape, *(1 for _ in range(dims))), groups=layer.groups)
 
 
 class Conv1d(_Conv):
@@ -78,3 +82,53 @@ class Conv3d(_Conv):
     """`nn.Conv3d`, with every stride, padding, dilation, groups and padding mode."""
 
     serves = "torch.nn.modules.conv.Conv3d"
+
+
+class _ConvTranspose(_Conv):
+    """What the transposed convolutions of every dimension share: the weight is `[in, out / groups, kernel]`."""
+
+    def matrix(self, layer: _ConvNd, weight: str, w: Tensor) -> Tensor:
+        """Output channels, with the groups side by side, become rows; a group's input channels and kernels, columns."""
+        w = w.reshape(layer.groups, -1, *w.shape[1:]).transpose(1, 2)  # [groups, out / groups, in / groups, kernel]
+        return w.flatten(0, 1).flatten(1)
+
+    def restore(self, layer: _ConvNd, weight: str, m: Tensor) -> Tensor:
+        """Undo `matrix`."""
+        w = m.reshape(layer.groups, -1, *self._kernel(layer)).transpose(1, 2)
+        return w.flatten(0, 1)
+
+    def plain(self, layer: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """The transposed convolution."""
+        return _transposed(layer, x, w, b)
+
+    def low_rank(self, layer: Any, x: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float) -> Tensor:
+        """A transposed convolution like the layer's to `groups * rank` channels, then a pointwise one."""
+        if dropout:
+            x = F.dropout(x, dropout)
+        kernels = down.reshape(-1, *self._kernel(layer)).transpose(0, 1)  # [in / groups, rank, kernel]
+        if layer.groups > 1:
+            kernels = kernels.repeat(layer.groups, *(1 for _ in kernels.shape[1:]))
+        return _pointwise(layer, _transposed(layer, x, kernels, None) * scale, up)
+
+
+def _transposed(layer: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    options = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+    return _TRANSPOSED[len(layer.kernel_size)](x, w, b, *options)
+
+
+class ConvTranspose1d(_ConvTranspose):
+    """`nn.ConvTranspose1d`, with every stride, padding, output padding, dilation and groups."""
+
+    serves = "torch.nn.modules.conv.ConvTranspose1d"
+
+
+class ConvTranspose2d(_ConvTranspose):
+    """`nn.ConvTranspose2d`, with every stride, padding, output padding, dilation and groups."""
+
+    serves = "torch.nn.modules.conv.ConvTranspose2d"
+
+
+class ConvTranspose3d(_ConvTranspose):
+    """`nn.ConvTranspose3d`, with every stride, padding, output padding, dilation and groups."""
+
+    serves = "torch.nn.modules.conv.ConvTranspose3d"

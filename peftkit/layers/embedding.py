@@ -1,6 +1,7 @@
 """Embeddings: the stored weight is `[rows, dim]`; as a matrix `[dim, rows]` it is applied to one-hot vectors."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,41 @@ class Embedding(LayerKind):
             # The padding row learns nothing, through `up` no more than through `down`.
             delta = torch.where((x == layer.padding_idx).unsqueeze(-1), delta.detach(), delta)
         return delta
+
+
+class EmbeddingBag(Embedding):
+    """`nn.EmbeddingBag`: a lookup and its sum, mean or maximum."""
+
+    serves = "torch.nn.modules.sparse.EmbeddingBag"
+
+    def fuses(self, layer: Any) -> bool:
+        """As for an embedding, and only where the bag is linear in its rows: not for a maximum."""
+        return super().fuses(layer) and layer.mode != "max"
+
+    def plain(self, layer: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """The bags of the rows of `w`."""
+        return _bag(layer, x, w, sparse=layer.sparse)
+
+    def low_rank(self, layer: Any, x: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float) -> Tensor:
+        """Bags of columns of `down`, `[bags, rank]`, then one product to `[bags, dim]`.
+
+        Dropout drops an element of the one-hot input: a token of the bag. It is not the whole bag that is dropped.
+        """
+        if not dropout:
+            return F.linear(_bag(layer, x, down.mT, sparse=False) * scale, up)
+        keep = F.dropout(torch.ones(x.shape, dtype=down.dtype, device=down.device), dropout)
+        if layer.padding_idx is not None:
+            keep = keep * (x != layer.padding_idx)
+        h = (F.embedding(x, down.mT, layer.padding_idx) * keep.unsqueeze(-1)).sum(-2)
+        if layer.mode == "mean":
+            counted = x.shape[-1] if layer.padding_idx is None else (x != layer.padding_idx).sum(-1, keepdim=True)
+            h = h / (counted.clamp(min=1) if isinstance(counted, Tensor) else counted)
+        return F.linear(h * scale, up)
+
+
+def _bag(layer: Any, x: Tensor, w: Tensor, *, sparse: bool) -> Tensor:
+    options = {"include_last_offset": layer.include_last_offset, "padding_idx": layer.padding_idx}
+    return F.embedding_bag(x, w, mode=layer.mode, sparse=sparse, **options)
 
 
 class _DenseGradient(torch.autograd.Function):

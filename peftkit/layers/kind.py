@@ -36,6 +36,9 @@ class LayerKind(ABC):
     one_hot: ClassVar[bool] = False
     """True where the input is an index, so that the matrix is applied to a one-hot vector."""
 
+    lists: ClassVar[Mapping[str, str]] = {}
+    """Attributes of the layer that hold its weights once more, as a list; each with the attribute that has their names."""
+
     @abstractmethod
     def weights(self, layer: Any) -> Mapping[str, str | None]:
         """Names of the weights that can be adapted, each with the name of the bias that it goes with, or None."""
@@ -93,13 +96,23 @@ class Parameter(LayerKind):
 
     def shape(self, layer: nn.Module, weight: str) -> tuple[int, ...]:
         """The parameter's own shape, with vectors and scalars as columns."""
-        shape = tuple(layer._parameters[weight].shape)  # type: ignore[union-attr]
-        return shape if len(shape) >= 2 else (*shape, 1) if shape else (1, 1)
+        raw: Any = layer._parameters[weight]
+        if raw.dim() < 2:
+            return (raw.numel(), 1)
+        return tuple((raw.mT if _is_transposed(layer, raw) else raw).shape)
 
     def matrix(self, layer: nn.Module, weight: str, w: Tensor) -> Tensor:
-        """View vectors and scalars as columns; leave the rest alone."""
-        return w if w.dim() >= 2 else w.reshape(-1, 1)
+        """View vectors and scalars as columns; transpose a stack that its module says is stored as `[in, out]`."""
+        if w.dim() < 2:
+            return w.reshape(-1, 1)
+        return w.mT if _is_transposed(layer, w) else w
 
     def restore(self, layer: nn.Module, weight: str, m: Tensor) -> Tensor:
         """Undo `matrix`."""
-        return m.reshape(layer._parameters[weight].shape)  # type: ignore[union-attr]
+        raw: Any = layer._parameters[weight]
+        return m.mT if _is_transposed(layer, raw) else m.reshape(raw.shape)
+
+
+def _is_transposed(layer: nn.Module, w: Tensor) -> bool:
+    """Whether fused expert weights are stored as `[experts, in, out]`: transformers marks these modules."""
+    return w.dim() > 2 and getattr(layer, "is_transposed", False) is True

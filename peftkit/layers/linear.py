@@ -42,6 +42,29 @@ class Linear(LayerKind):
         return F.linear(h, up).reshape(*x.shape[:-1], up.shape[0])
 
 
+class Bilinear(LayerKind):
+    """`nn.Bilinear`: row `o` of the matrix is the form `[in1, in2]` of output `o`, flattened."""
+
+    serves = "torch.nn.modules.linear.Bilinear"
+    family = "linear"
+
+    def weights(self, layer: nn.Bilinear) -> Mapping[str, str | None]:
+        """The weight, with the bias if there is one."""
+        return {"weight": "bias"}
+
+    def shape(self, layer: nn.Bilinear, weight: str) -> tuple[int, ...]:
+        """`[out_features, in1_features * in2_features]`."""
+        return (layer.out_features, layer.in1_features * layer.in2_features)
+
+    def matrix(self, layer: nn.Bilinear, weight: str, w: Tensor) -> Tensor:
+        """Flatten each form into a row."""
+        return w.flatten(1)
+
+    def restore(self, layer: nn.Bilinear, weight: str, m: Tensor) -> Tensor:
+        """Unflatten each row into a form."""
+        return m.reshape(-1, layer.in1_features, layer.in2_features)
+
+
 class Conv1D(Linear):
     """transformers' `Conv1D` (GPT-2): a linear layer whose weight is stored as `[in, out]`."""
 
