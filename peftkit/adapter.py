@@ -126,8 +126,8 @@ class Adapter(nn.Module, ABC):
         return b
 
     def forward(self, form: str, *args: Any) -> Any:
-        """Run one of the methods above through `__call__`, so that hooks which gather parameters (FSDP, "
-        "ZeRO-3) fire.
+        """Run one of the methods above through `__call__`, so that hooks which gather parameters (FSDP,
+        ZeRO-3) fire.
         """
         return getattr(self, form)(*args)
 
@@ -164,8 +164,8 @@ class LowRank(Adapter):
 
 
 class Activation(nn.Module, ABC):
-    """Surrounds a layer's forward: for bottleneck adapters, prompts, routers. It has no weight form, so it "
-    "does not merge.
+    """Surrounds a layer's forward: for bottleneck adapters, prompts, routers. It has no weight form, so it
+    does not merge.
     """
 
     def __init__(self, site: Site) -> None:  # noqa: ARG002 - as for Adapter

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peftkit.adapter import Adapter, LowRank
 from peftkit.layers.kind import LayerKind
+from peftkit.recipe import made
 
 LAYER = "_peftkit_layer"
 RUNNING = "_peftkit_running"
@@ -23,15 +24,16 @@ RUNNING = "_peftkit_running"
 
 @dataclass(frozen=True)
 class Adapted:
-    """What a swapped layer knows about itself. Replaced whole when it changes, so that an undo need only put "
-    "it back.
+    """What a swapped layer knows about itself. Replaced whole when it changes, so that an undo need only put
+    it back.
     """
 
     base: type[nn.Module]
     """The class that the layer had."""
     fast: LayerKind | None
-    """The layer's kind, if the layer's forward is the very one that the kind knows; only then is its fast "
-    "path right."""
+    """The layer's kind, if the layer's forward is the very one that the kind knows; only then is its fast
+    path right.
+    """
     kinds: dict[str, LayerKind]
     """For each adaptable parameter of the swapped class, how it becomes a matrix."""
     bias_of: dict[str, str]
@@ -98,7 +100,11 @@ def adapted_parameter(layer: nn.Module, name: str) -> Any:
     steps = list(steps_for(layer, name, running.names))
     if not steps or (raw.is_meta and not _is_meta(steps[0][0])):
         return raw
-    return compose(layer, name, raw, steps, dropping=True)
+    if any(_drops(adapter) for adapter, _ in steps):
+        return compose(layer, name, raw, steps, dropping=True)  # drawn once: it cannot be made again
+    ingredients = [raw, *(t for adapter, _ in steps for t in (*adapter.parameters(), *adapter.buffers()))]
+    make = functools.partial(compose, layer, name, raw, steps, dropping=False)
+    return made(make, ingredients, raw.numel() * raw.element_size())
 
 
 def adapters_in(layer: nn.Module, name: str) -> dict[str, Any]:
@@ -149,9 +155,13 @@ def compose(
 
 def _keep(adapter: Adapter, m: Tensor) -> tuple[Tensor, ...]:
     """The columns that dropout keeps, scaled, where an adapter in training has dropout; nothing otherwise."""
-    if not (adapter.training and isinstance(adapter, LowRank) and adapter.dropout):
+    if not (isinstance(adapter, LowRank) and _drops(adapter)):
         return ()
     return (nn.functional.dropout(m.new_ones(m.shape[-1]), adapter.dropout),)
+
+
+def _drops(adapter: Adapter) -> bool:
+    return adapter.training and isinstance(adapter, LowRank) and adapter.dropout > 0
 
 
 def _dtype(adapter: nn.Module) -> torch.dtype | None:

@@ -320,8 +320,8 @@ def _method(entry: dict[str, Any]) -> Method:
 def _rebuild(
     path: str | os.PathLike[str], sites: list[tuple[Site, Method, bool]], tensors: Mapping[str, Tensor]
 ) -> list[tuple[Site, Method, Adapter | Activation | None]]:
-    """The adapters of a file: made on the meta device, so that no initialisation is computed, then given "
-    "their tensors.
+    """The adapters of a file: made on the meta device, so that no initialisation is computed, then given
+    their tensors.
     """
     built: list[tuple[Site, Method, Adapter | Activation | None]] = []
     expected: set[str] = set()

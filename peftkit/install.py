@@ -204,8 +204,8 @@ def remove(model: nn.Module, names: Iterable[str]) -> nn.Module:
 
 
 def check_name(model: nn.Module, name: str) -> None:
-    """Refuse an adapter's name that is taken or that `nn.ModuleDict` cannot hold, and a model that cannot be "
-    "wrapped now.
+    """Refuse an adapter's name that is taken or that `nn.ModuleDict` cannot hold, and a model that cannot be
+    wrapped now.
     """
     given: Any = name
     if not isinstance(given, str) or not name or "." in name or not name.isprintable() or len(name) > 128:

@@ -31,8 +31,9 @@ class Placement:
     learns: frozenset[str]
     """Which of the adapter's parameters the method trains."""
     version: int | None = 0
-    """The weight's version counter when it was unfrozen, by which a change in place shows; None if it has "
-    "changed already."""
+    """The weight's version counter when it was unfrozen, by which a change in place shows; None if it has
+    changed already.
+    """
 
     @property
     def name(self) -> str:
@@ -94,8 +95,7 @@ class Adapters(nn.ModuleDict):
     """The container at `<layer>.adapters`: adapter name → weight name → adapter.
 
     A base checkpoint holds nothing of it, and still loads strictly: a state without a single key of this container
-    leaves it
-    as it is. A state with some of its keys and not others is refused as ever.
+    leaves it as it is. Whether the rest of the model's adapters are there as well is the root's to say (`_check_state`).
     """
 
     def __init__(self) -> None:
@@ -106,6 +106,34 @@ class Adapters(nn.ModuleDict):
 def _keep_own_values(container: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     if not any(key.startswith(prefix) for key in state):
         state.update(container.state_dict(prefix=prefix))
+
+
+def _check_state(
+    root: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any, _strict: Any, missing: list[str], *_: Any
+) -> None:
+    """Before a checkpoint is loaded: refuse it where its weights would be lost, report an adapter that is not whole."""
+    known: Installed | None = root.__dict__.get(_INSTALLED)
+    if known is None:
+        return
+    if known.merged:
+        raise StateError(
+            f"cannot load a checkpoint while {', '.join(map(repr, known.merged))} is merged, "
+            "because unmerging would undo it; call peftkit.unmerge first"
+        )
+    keys = [prefix + key for name in known.adapters for key in _keys(known, name)]
+    absent = [key for key in keys if key not in state]
+    if len(absent) < len(keys):
+        missing.extend(absent)
+
+
+def _keys(known: Installed, name: str) -> list[str]:
+    """Where an adapter's tensors stand in the state of the whole model."""
+    return [
+        ".".join([*filter(None, [placement.path]), "adapters", name, placement.weight, key])
+        for placement in known.adapters[name]
+        if placement.adapter is not None
+        for key in placement.adapter.state_dict()
+    ]
 
 
 def inner(model: nn.Module) -> nn.Module:
@@ -153,10 +181,15 @@ def unmerged(model: nn.Module, action: str) -> Installed:
 def write_record(model: nn.Module, new: Installed | None) -> None:
     """Replace the record, or remove it."""
     root = inner(model)
+    hooks = root._load_state_dict_pre_hooks
     if new is None:
         root.__dict__.pop(_INSTALLED, None)
-    else:
-        root.__dict__[_INSTALLED] = new
+        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _check_state]:
+            del hooks[key]
+        return
+    if _INSTALLED not in root.__dict__:
+        root.register_load_state_dict_pre_hook(_check_state)  # type: ignore[no-untyped-call]
+    root.__dict__[_INSTALLED] = new
 
 
 def atomically(model: nn.Module, touched: Iterable[nn.Module], change: Callable[[], T]) -> T:
@@ -183,7 +216,7 @@ def atomically(model: nn.Module, touched: Iterable[nn.Module], change: Callable[
 class _Snapshot:
     """A module's class and attributes, with the dictionaries in which it registers things."""
 
-    _REGISTERS = ("_parameters", "_buffers", "_modules")
+    _REGISTERS = ("_parameters", "_buffers", "_modules", "_load_state_dict_pre_hooks")
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.cls, self.attributes = module, type(module), dict(module.__dict__)

@@ -157,8 +157,8 @@ def _call(hook: pluggy.HookImpl) -> list[Any]:
 
 
 def kind_of(layer_class: type[nn.Module]) -> tuple[LayerKind, type] | None:
-    """The kind that serves a layer class, and the class in its ancestry that the kind was written for; None "
-    "if there is none.
+    """The kind that serves a layer class, and the class in its ancestry that the kind was written for; None
+    if there is none.
     """
     try:
         return _kinds[layer_class]

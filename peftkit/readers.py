@@ -61,8 +61,8 @@ def child_reads(module_class: type) -> frozenset[tuple[str, str]]:
 
 
 def _codes_of(module_class: type, name: str) -> Iterator[CodeType]:
-    """The code of every definition of a method in the class's ancestry (`super()` reaches them), nested "
-    "functions too.
+    """The code of every definition of a method in the class's ancestry (`super()` reaches them), nested
+    functions too.
     """
     for ancestor in module_class.__mro__:
         if ancestor in (nn.Module, object):

@@ -73,8 +73,8 @@ class Resolution:
     def resolve(
         self, rules: Sequence[Rule], exclude: tuple[Selector, ...]
     ) -> tuple[tuple[tuple[Site, Method], ...], tuple[Hits, ...]]:
-        """Resolve the rules; the first that can adapt a weight has it. Returns sites in model order, and each "
-        "selector's hits.
+        """Resolve the rules; the first that can adapt a weight has it. Returns sites in model order, and each
+        selector's hits.
         """
         excluded = self._excluded(exclude)
         taken: dict[tuple[int, str], tuple[Site, Method]] = {}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from peftkit.adapter import Activation, Adapter, Base, LowRank
 from peftkit.composition import RUNNING, Running, adapters_in, base_class, raw_parameter, running_in, state_of
 from peftkit.errors import StateError
+from peftkit.recipe import forget, recipes
 
 SEEN = "_peftkit_seen"
 
@@ -42,14 +43,16 @@ def open_frames(layers: Iterable[nn.Module]) -> Iterator[None]:
     outer = [(id(layer), opened.get(id(layer))) for layer in layers]
     for key, _ in outer:
         opened[key] = {}
-    try:
-        yield
-    finally:
-        for key, memo in outer:
-            if memo is None:
-                opened.pop(key, None)
-            else:
-                opened[key] = memo
+    with recipes():
+        try:
+            yield
+        finally:
+            for key, memo in outer:
+                forget(opened[key].values())
+                if memo is None:
+                    opened.pop(key, None)
+                else:
+                    opened[key] = memo
 
 
 def set_running(layer: nn.Module, adapters: Iterable[str]) -> None:

@@ -37,8 +37,8 @@ _classes: "weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[Any, type
 
 
 def swap(layer: nn.Module, state: Adapted) -> None:
-    """Give the layer the class that `state` asks for, or give it back its own when nothing is left to adapt "
-    "or to read.
+    """Give the layer the class that `state` asks for, or give it back its own when nothing is left to adapt
+    or to read.
     """
     own = layer.__dict__.get(LAYER)
     layer.__class__ = adapted_class(state.base, state.kinds, state.lists.items())
@@ -77,8 +77,8 @@ def _make_class(base: type[nn.Module], names: tuple[str, ...], lists: tuple[tupl
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:  # noqa: ARG001 - pickle's own signature
-    """Copy and pickle by the base class, which can be imported. The state is asked for, because recurrent "
-    "layers clean theirs.
+    """Copy and pickle by the base class, which can be imported. The state is asked for, because recurrent
+    layers clean theirs.
     """
     state = state_of(self)
     return _rebuild, (state.base, tuple(state.kinds), tuple(state.lists.items())), self.__getstate__()  # type: ignore[no-untyped-call]

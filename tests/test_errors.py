@@ -140,6 +140,7 @@ WHILE_MERGED = {
     "disabling": (lambda m: peftkit.disabled(m).__enter__(), ["unmerge"]),
     "wrapping": (lambda m: peftkit.wrap(m, name="c"), ["unmerge"]),
     "unwrapping": (lambda m: peftkit.unwrap(m), ["unmerge"]),
+    "loading a checkpoint": (lambda m: m.load_state_dict(m.state_dict()), ["unmerge"]),
 }
 
 

@@ -25,7 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import nn
 
 import peftkit
-from peftkit.errors import PeftkitError, StateError, UnknownAdapterError
+from peftkit.errors import FileError, FormatError, SelectorError, StateError, UnknownAdapterError, UnknownMethodError
 
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
@@ -168,7 +168,8 @@ def image_branches(draw):
         channels = out
         if min(nn.Sequential(*layers)(x.float()).shape[-2:]) < 5:
             break  # too small for the largest kernel, dilated
-    return nn.Sequential(*layers), x
+    layout = draw(st.sampled_from([torch.contiguous_format, torch.channels_last]))
+    return nn.Sequential(*layers).to(memory_format=layout), x
 
 
 @st.composite
@@ -592,65 +593,59 @@ class Operations(RuleBasedStateMachine):
 
     # ---------------------------------------------------------------------------- calls that have no meaning
 
+    @precondition(lambda self: self.methods)
     @rule(data=st.data())
     def wrong_call(self, data):
         """A call that has no meaning now raises the error that says so, and changes nothing at all."""
-        layer = next(iter(layers_of(self.net)))
-        net = self.net
-        wrong: dict[str, tuple[Any, type[PeftkitError]]] = {
-            "load what is no file": (lambda: peftkit.load(net, "/nonexistent"), peftkit.errors.FileError),
-            "wrap what does not exist": (lambda: peftkit.wrap(net, {"nothing": "lora"}, name="z"), peftkit.errors.SelectorError),
-            "wrap by a method that does not exist": (
-                lambda: peftkit.wrap(net, {layer: "loar"}, name="z"),
-                StateError if self.merged else peftkit.errors.UnknownMethodError,
-            ),
-            "wrap under an impossible name": (lambda: peftkit.wrap(net, {layer: "lora"}, name="a.b"), StateError),
-        }
-        if self.merged:
-            wrong["wrap what does not exist"] = (wrong["wrap what does not exist"][0], StateError)
-        if not self.methods:
-            for call in (peftkit.unwrap, peftkit.merge, peftkit.unmerge, peftkit.activate, peftkit.summary, peftkit.set_trainable):
-                wrong[f"{call.__name__} without adapters"] = (lambda call=call: call(net), StateError)
-        else:
-            name = next(iter(self.methods))
-            wrong["wrap under a taken name"] = (lambda: peftkit.wrap(net, {layer: "lora"}, name=name), StateError)
-            wrong["save an unknown adapter"] = (lambda: peftkit.save(net, "/nonexistent/x", "z"), UnknownAdapterError)
-            wrong["save to nowhere"] = (lambda: peftkit.save(net, "/nonexistent/x", name), peftkit.errors.FileError)
-            wrong["train an unknown adapter"] = (lambda: peftkit.set_trainable(net, "z"), UnknownAdapterError)
-            wrong["load a state that does not fit"] = (
-                lambda: peftkit.load_state_dict(net, {"x": torch.ones(1)}, name),
-                peftkit.errors.FormatError,
-            )
-        if self.methods and not self.merged:
-            wrong["unmerge what is not merged"] = (lambda: peftkit.unmerge(net), StateError)
-            wrong["unwrap an unknown adapter"] = (lambda: peftkit.unwrap(net, "z"), UnknownAdapterError)
-            wrong["activate an unknown adapter"] = (lambda: peftkit.activate(net, "z"), UnknownAdapterError)
-            wrong["activate one twice"] = (lambda: peftkit.activate(net, name, name), StateError)
-            wrong["merge an unknown adapter"] = (lambda: peftkit.merge(net, "z"), UnknownAdapterError)
-            for inactive in (n for n in self.methods if n not in self.active):
-                wrong["merge what does not run"] = (lambda n=inactive: peftkit.merge(net, n), StateError)
-                wrong["free the base with an adapter left"] = (
-                    lambda: peftkit.merge(net, keep_base=False),
-                    StateError,
-                )
-            if not self.active:
-                wrong["merge when nothing runs"] = (lambda: peftkit.merge(net), StateError)
-            for later in self.active[1:]:
-                wrong["merge out of order"] = (lambda n=later: peftkit.merge(net, n), StateError)
-        if self.merged:
-            wrong["merge twice"] = (lambda: peftkit.merge(net), StateError)
-            wrong["merge by name twice"] = (lambda: peftkit.merge(net, name), StateError)
-            wrong["unwrap while merged"] = (lambda: peftkit.unwrap(net), StateError)
-            wrong["unwrap one while merged"] = (lambda: peftkit.unwrap(net, name), StateError)
-            wrong["activate while merged"] = (lambda: peftkit.activate(net, name), StateError)
-            wrong["disabled while merged"] = (lambda: peftkit.disabled(net).__enter__(), StateError)
-            wrong["wrap while merged"] = (lambda: peftkit.wrap(net, {layer: "lora"}, name="z"), StateError)
+        wrong = self.wrong_calls()
         call, error = wrong[data.draw(st.sampled_from(sorted(wrong)))]
-        before, objects = everything(net), [id(p) for p in net.parameters()]
+        before, objects = everything(self.net), [id(p) for p in self.net.parameters()]
         with pytest.raises(error):
             call()
-        assert everything(net) == before
-        assert [id(p) for p in net.parameters()] == objects
+        assert everything(self.net) == before
+        assert [id(p) for p in self.net.parameters()] == objects
+
+    def wrong_calls(self):
+        """What must not be called in this state, each with its error."""
+        net, layer, name = self.net, next(iter(layers_of(self.net))), next(iter(self.methods))
+        lora = {layer: "lora"}
+        wrong = {
+            "wrap under a taken name": (lambda: peftkit.wrap(net, lora, name=name), StateError),
+            "wrap under an impossible name": (lambda: peftkit.wrap(net, lora, name="a.b"), StateError),
+            "load what is no file": (lambda: peftkit.load(net, "/nonexistent"), FileError),
+            "load a state that does not fit": (lambda: peftkit.load_state_dict(net, {}, name), FormatError),
+            "save to nowhere": (lambda: peftkit.save(net, "/nonexistent/x", name), FileError),
+            "save an unknown adapter": (lambda: peftkit.save(net, "/nonexistent/x", "z"), UnknownAdapterError),
+            "train an unknown adapter": (lambda: peftkit.set_trainable(net, "z"), UnknownAdapterError),
+        }
+        if self.merged:
+            return wrong | {
+                "merge twice": (lambda: peftkit.merge(net), StateError),
+                "merge by name twice": (lambda: peftkit.merge(net, name), StateError),
+                "wrap while merged": (lambda: peftkit.wrap(net, lora, name="z"), StateError),
+                "unwrap while merged": (lambda: peftkit.unwrap(net), StateError),
+                "unwrap one while merged": (lambda: peftkit.unwrap(net, name), StateError),
+                "activate while merged": (lambda: peftkit.activate(net, name), StateError),
+                "using while merged": (lambda: peftkit.using(net, name).__enter__(), StateError),
+                "disabled while merged": (lambda: peftkit.disabled(net).__enter__(), StateError),
+            }
+        wrong |= {
+            "wrap what does not exist": (lambda: peftkit.wrap(net, {"nothing": "lora"}, name="z"), SelectorError),
+            "wrap by an unknown method": (lambda: peftkit.wrap(net, {layer: "loar"}, name="z"), UnknownMethodError),
+            "unwrap an unknown adapter": (lambda: peftkit.unwrap(net, "z"), UnknownAdapterError),
+            "activate an unknown adapter": (lambda: peftkit.activate(net, name, "z"), UnknownAdapterError),
+            "activate one twice": (lambda: peftkit.activate(net, name, name), StateError),
+            "merge an unknown adapter": (lambda: peftkit.merge(net, "z"), UnknownAdapterError),
+            "unmerge what is not merged": (lambda: peftkit.unmerge(net), StateError),
+        }
+        for idle in set(self.methods) - set(self.active):
+            wrong["merge what does not run"] = (lambda idle=idle: peftkit.merge(net, idle), StateError)
+            wrong["free the base, one left"] = (lambda: peftkit.merge(net, keep_base=False), StateError)
+        for later in self.active[1:]:
+            wrong["merge out of order"] = (lambda later=later: peftkit.merge(net, later), StateError)
+        if not self.active:
+            wrong["merge when nothing runs"] = (lambda: peftkit.merge(net), StateError)
+        return wrong
 
 
 @contextmanager
@@ -681,6 +676,33 @@ class TestManyOperations(Operations.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------- single properties
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        peftkit.unwrap,
+        peftkit.merge,
+        peftkit.unmerge,
+        peftkit.activate,
+        peftkit.set_trainable,
+        peftkit.summary,
+        peftkit.state_dict,
+        lambda net: peftkit.param_groups(net, lr=1.0),
+        lambda net: peftkit.save(net, "/nonexistent/x"),
+        lambda net: peftkit.disabled(net).__enter__(),
+    ],
+)
+@pytest.mark.parametrize("unwrapped", [False, True])
+def test_calls_without_adapters(call, unwrapped):
+    """On a model that is not wrapped, or no more, whatever needs an adapter is refused and changes nothing."""
+    net = nn.Sequential(nn.Linear(3, 2))
+    if unwrapped:
+        peftkit.unwrap(peftkit.wrap(net, {"0": "lora"}))
+    before = everything(net)
+    with pytest.raises(StateError, match="not wrapped"):
+        call(net)
+    assert everything(net) == before
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])

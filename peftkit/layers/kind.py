@@ -37,7 +37,7 @@ class LayerKind(ABC):
     """True where the input is an index, so that the matrix is applied to a one-hot vector."""
 
     lists: ClassVar[Mapping[str, str]] = {}
-    """Attributes of the layer that hold its weights once more, as a list; each with the attribute that has their names."""
+    """Attributes in which the layer holds its weights once more, as a list; each with the attribute of their names."""
 
     @abstractmethod
     def weights(self, layer: Any) -> Mapping[str, str | None]:
