@@ -37,6 +37,8 @@ class Site:
     """Of the adapter's parameters: the layer's, but float32 where the layer is half precision."""
     device: torch.device
     roles: frozenset[str] = frozenset()
+    tied: tuple[str, ...] = ()
+    """Other names of the same parameter elsewhere in the model."""
     unfrozen: bool = False
     """Set by `unfreeze`."""
 

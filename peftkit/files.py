@@ -155,6 +155,8 @@ def _originals(model: nn.Module) -> dict[tuple[int, str], Tensor]:
 
 def _write(path: Path, data: bytes) -> None:
     """Replace `path` by a file with this content, or leave it: never a mixture, also when the machine stops."""
+    if not path.name:
+        raise FileError(f"cannot write {path}: it names no file")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:  # noqa: PTH123 - mode "x": the umask sets the file's mode

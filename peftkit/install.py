@@ -84,6 +84,11 @@ def build(site: Site, method: Method) -> Adapter | Activation | None:
         adapter = method.adapter(site)
     if adapter is None:
         return None
+    if site.tied and method.scope == "parameters":
+        raise UnsupportedLayerError(
+            f"{site.name} is one weight with {', '.join(site.tied)}; {method} would put another in its place here and "
+            "not there. Train it in place, or choose other targets"
+        )
     wanted = Activation if method.scope == "modules" else Adapter
     if not isinstance(adapter, wanted):
         raise UnsupportedLayerError(
@@ -160,10 +165,9 @@ def unwrap(model: nn.Module, name: str | None = None) -> nn.Module:
         for placement in known.placements(each):
             if placement.adapter is None and placement.version != placement.in_place()._version:
                 raise StateError(
-                    f"{placement.name} was trained in place by adapter {each!r} and its old values were not "
-                    "kept; to keep what "
-                    "was learned call peftkit.merge(model, keep_base=False), and to be able to go back use "
-                    "Full(keep_base=True)"
+                    f"{placement.name} was trained in place by adapter {each!r} (or the model was copied since, which "
+                    "hides whether it was), and its old values were not kept. To keep what was learned, call "
+                    "peftkit.merge(model, keep_base=False); to be able to go back, use Full(keep_base=True)"
                 )
     return remove(model, names)
 
@@ -329,6 +333,13 @@ def _refuse_shared_in_place(known: Installed | None, placements: Sequence[Placem
     """A weight that one adapter trains in place is no base for another."""
     others = {} if known is None else known.adapters
     mine = {id(p.in_place()): p for p in placements if p.adapter is None}
+    for placement in placements:
+        same = mine.get(id(placement.layer._parameters.get(placement.weight)))
+        if placement.adapter is not None and same is not None:
+            raise UnsupportedLayerError(
+                f"{placement.name} is one weight with {same.name}, which is trained in place, so no adapter can stand "
+                "on it; give it one method"
+            )
     for name, existing in others.items():
         taken = {id(p.in_place()): p for p in existing if p.adapter is None}
         for placement in placements:

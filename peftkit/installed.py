@@ -95,7 +95,7 @@ class Adapters(nn.ModuleDict):
     """The container at `<layer>.adapters`: adapter name → weight name → adapter.
 
     A base checkpoint holds nothing of it, and still loads strictly: a state without a single key of this container
-    leaves it as it is. Whether the rest of the model's adapters are there as well is the root's to say (`_check_state`).
+    leaves it alone. Whether the rest of the model's adapters are there as well is the root's to say (`_check_state`).
     """
 
     def __init__(self) -> None:

@@ -33,7 +33,8 @@ def describe(
     tensors: Mapping[str, Tensor],
     originals: Mapping[tuple[int, str], Tensor],
 ) -> dict[str, Any]:
-    methods = list(dict.fromkeys(placement.method for placement in placements))
+    methods = {placement.method.key: placement.method for placement in placements}
+    numbers = {key: number for number, key in enumerate(methods)}
     packages = {info.name: info for info in plugins.methods()}
     sites = []
     for placement in placements:
@@ -42,7 +43,7 @@ def describe(
             {
                 "path": placement.path,
                 "weight": placement.weight,
-                "method": methods.index(placement.method),
+                "method": numbers[placement.method.key],
                 "in_place": placement.adapter is None,
                 **base_facts(placement.layer, placement.weight, raw, in_place=placement.adapter is None),
             }
@@ -57,7 +58,7 @@ def describe(
                 "package": packages[method.name].package if method.name in packages else "",
                 "version": packages[method.name].version if method.name in packages else "",
             }
-            for method in methods
+            for method in methods.values()
         ],
         "sites": sites,
         "fingerprint": fingerprint(sites),
@@ -114,7 +115,11 @@ def tensor_digest(tensor: Tensor) -> str:
 
 def check(path: Path, manifest: Any, seal: Any) -> None:
     """Refuse a manifest that was altered, comes from a later version, or is not made as this version makes it."""
-    if not isinstance(manifest, dict) or digest(canonical(manifest)) != seal:
+    try:
+        sealed = isinstance(manifest, dict) and digest(canonical(manifest)) == seal
+    except ValueError:  # a number or a text that JSON cannot hold
+        sealed = False
+    if not sealed:
         raise FormatError(f"{path} is damaged: its manifest is not what was saved")
     version = manifest.get("format")
     if version != FORMAT:

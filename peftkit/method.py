@@ -73,6 +73,11 @@ class Method(ABC):
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return dict(json.loads(json.dumps(fields, allow_nan=False)))
 
+    @property
+    def key(self) -> str:
+        """Name and fields as one text: equal for equal methods, also where a field is a list and has no hash."""
+        return f"{self.name} {json.dumps(self.fields(), sort_keys=True)}"
+
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Self:
         """The method with these hyperparameters; each field must be named, and no other.

@@ -69,7 +69,7 @@ class Plan:
         trained_in_place: set[int] = set()
         rows = []
         for site, method in self.steps:
-            key = (method, type(site.kind), site.shape, site.dtype, site.weight if site.kind else site.path)
+            key = (method.key, type(site.kind), site.shape, site.dtype, site.weight if site.kind else site.path)
             if key not in counts:
                 counts[key] = _dry_run(site, method)
             trainable, in_place = counts[key]

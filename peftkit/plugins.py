@@ -52,8 +52,10 @@ def methods() -> list[MethodInfo]:
     >>> "lora" in [info.name for info in peftkit.methods()]
     True
     """
-    found = {MethodInfo(name, "peftkit", __version__) for name in _builtin_names()}
-    found |= {MethodInfo(point.name, *_origin(point)) for point in _entry_points(_METHODS_GROUP)}
+    builtin = _builtin_names()
+    found = {MethodInfo(name, "peftkit", __version__) for name in builtin}
+    points = _entry_points(_METHODS_GROUP)
+    found |= {MethodInfo(point.name, *_origin(point)) for point in points if point.name not in builtin}
     return sorted(found, key=lambda info: (info.name, info.package))
 
 

@@ -161,16 +161,13 @@ class Resolution:
             yield self._site(layer, candidate.parameter)
 
     def _all_parameters(self, candidate: Candidate, method: Method) -> Iterator[Site]:  # noqa: ARG002
-        """One parameter; or every parameter at or below a module, a shared one at its first holder."""
-        if candidate.parameter is not None:
-            yield self._site(candidate.module, candidate.parameter)
-            return
-        for module in candidate.module.modules():
+        """One parameter; or every parameter at or below a module. A shared one stands at its first holder, once."""
+        for module in [candidate.module] if candidate.parameter else candidate.module.modules():
             if id(module) not in self.paths:
                 continue
             for name, p in _parameters(module):
-                if p is not None and p.is_floating_point() and self._first_holder[id(p)] == (id(module), name):
-                    yield self._site(module, name)
+                if p is not None and p.is_floating_point() and candidate.parameter in (None, name):
+                    yield self._site(*self._holders[id(p)][0])
 
     def _module(self, candidate: Candidate, method: Method) -> Iterator[Site]:  # noqa: ARG002
         """The module as a whole."""
@@ -180,19 +177,22 @@ class Resolution:
             yield site
 
     @functools.cached_property
-    def _first_holder(self) -> dict[int, tuple[int, str]]:
-        holders: dict[int, tuple[int, str]] = {}
+    def _holders(self) -> dict[int, list[tuple[nn.Module, str]]]:
+        """Every parameter's holders, in model order: more than one where it is tied."""
+        holders: dict[int, list[tuple[nn.Module, str]]] = {}
         for module in self.modules.values():
             for name, p in _parameters(module):
                 if p is not None:
-                    holders.setdefault(id(p), (id(module), name))
+                    holders.setdefault(id(p), []).append((module, name))
         return holders
 
     def _site(self, layer: nn.Module, weight: str) -> Site:
         path = self.paths[id(layer)]
         site = site_of(path, layer, weight)
-        roles = self.roles.get(site.name) or self.roles.get(path, frozenset())
-        site.roles = roles
+        site.roles = self.roles.get(site.name) or self.roles.get(path, frozenset())
+        holders = self._holders.get(id(layer._parameters.get(weight)), [])
+        names = [f"{self.paths[id(module)]}.{name}".removeprefix(".") for module, name in holders]
+        site.tied = tuple(name for name in names if name != site.name)
         return site
 
     # ------------------------------------------------------------------------------ errors that help

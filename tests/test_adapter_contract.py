@@ -537,7 +537,9 @@ class OwnEmbedding(nn.Embedding):
 
 
 OWN = {nn.Linear: OwnLinear, Conv1D: OwnConv1D, nn.Conv2d: OwnConv2d, nn.Embedding: OwnEmbedding}
-FUSED = [layer for layer in LAYERS if "max_norm" not in layer and "freq" not in layer and layer not in ("conv1d", "conv3d")]
+FUSED = [
+    layer for layer in LAYERS if "max_norm" not in layer and "freq" not in layer and layer not in ("conv1d", "conv3d")
+]
 INITS = pytest.mark.parametrize("init", ["default", "pissa"])
 
 
@@ -568,7 +570,7 @@ def both_paths(layer, method, dtype):
 
 @pytest.mark.parametrize("layer", FUSED)
 @pytest.mark.parametrize(
-    ("dtype", "autocast"),
+    "dtype, autocast",
     [(torch.float64, False), (torch.float32, False), (torch.bfloat16, False), (torch.float32, True)],
     ids=["float64", "float32", "bfloat16", "float32 under autocast"],
 )
@@ -623,7 +625,7 @@ def test_trained_base_takes_the_generic_path(built):
 
 def test_dropout_is_off_in_eval():
     """In eval mode an adapter with dropout computes what one without it does, bit for bit."""
-    model, adapters, _, _ = adapt(nn.Linear(6, 5), peftkit.LoRA(rank=2, alpha=3.0, dropout=0.5))
+    model, _, _, _ = adapt(nn.Linear(6, 5), peftkit.LoRA(rank=2, alpha=3.0, dropout=0.5))
     plain, _, _, _ = adapt(copy.deepcopy(peftkit.unwrap(copy.deepcopy(model))[0]), LORA)
     peftkit.load_state_dict(plain, peftkit.state_dict(model))
     x = features()
@@ -1066,7 +1068,7 @@ def test_a_weight_reads_as_the_base_after_a_failed_forward():
 @ALL_READERS
 def test_state_dict_inside_a_hook(name):
     """A state dict that a hook takes in the middle of a forward holds the base's weights."""
-    model, adapters, _ = read_model(name, Rows())
+    model, _, _ = read_model(name, Rows())
     before = {key: value.clone() for key, value in model.state_dict().items()}
     taken = []
     hooks = [

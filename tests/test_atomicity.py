@@ -9,10 +9,11 @@ import linecache
 import sys
 from pathlib import Path
 
-import peftkit
 import pytest
 import torch
 from torch import nn
+
+import peftkit
 
 HERE = str(Path(peftkit.__file__).parent)
 
@@ -40,7 +41,12 @@ def make_model():
     return model
 
 
-RULES = {"{0,2}": peftkit.LoRA(rank=2), "**.proj": peftkit.LoRA(rank=1), "3": peftkit.Full(keep_base=True), "**.norm": "full"}
+RULES = {
+    "{0,2}": peftkit.LoRA(rank=2),
+    "**.proj": peftkit.LoRA(rank=1),
+    "3": peftkit.Full(keep_base=True),
+    "**.norm": "full",
+}
 
 
 def wrapped():
@@ -55,8 +61,13 @@ def merged():
 
 def state_of(model):
     """Everything that an operation could change: classes, attributes, registers, flags, identities and values."""
-    modules = [(path, type(m), m.training, list(m._modules), list(m._parameters), sorted(m.__dict__)) for path, m in model.named_modules()]
-    own = [(name, id(p), p.requires_grad, p.detach().clone()) for name, p in model.named_parameters(remove_duplicate=False)]
+    modules = [
+        (path, type(m), m.training, list(m._modules), list(m._parameters), sorted(m.__dict__))
+        for path, m in model.named_modules()
+    ]
+    own = [
+        (name, id(p), p.requires_grad, p.detach().clone()) for name, p in model.named_parameters(remove_duplicate=False)
+    ]
     running = [repr(m.__dict__.get("_peftkit_running")) for m in model.modules()]
     record = model.__dict__.get("_peftkit_installed")
     known = record and (list(record.adapters), record.active, record.merged, [(w, id(p)) for _, w, p in record.stash])
@@ -99,7 +110,9 @@ def run_until(line, operation, model, file):
         if not frame.f_code.co_filename.startswith(HERE):
             return None
         # Python itself calls no `__exit__` for what is raised on a `with` line, so none is raised there.
-        if event == "line" and not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+        if event == "line" and not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith(
+            "with "
+        ):
             seen += 1
             if seen == line:
                 raise Planted

@@ -2,11 +2,12 @@
 
 import re
 
-import peftkit
 import pytest
 import torch
-from peftkit import errors
 from torch import nn
+
+import peftkit
+from peftkit import errors
 
 
 class Table(nn.Module):
@@ -160,6 +161,12 @@ def test_calls_that_make_no_sense_while_merged_are_refused(model, case):
     refused(model, errors.StateError, "merged", *words, call=lambda: call(model))
 
 
+def test_a_path_that_names_no_file(model):
+    """Saving to a folder's root is an error of the tree, too."""
+    model = peftkit.wrap(model)
+    refused(model, errors.FileError, "names no file", call=lambda: peftkit.save(model, "/"))
+
+
 def test_a_model_that_is_not_wrapped(model):
     """Operations on a bare model say what to call first."""
     for call in (peftkit.summary, peftkit.unwrap, peftkit.merge, peftkit.unmerge, peftkit.state_dict):
@@ -269,6 +276,47 @@ def test_a_tied_weight_is_not_merged_silently():
     assert model.embed.weight is not shared
     peftkit.unmerge(model)
     assert model.embed.weight is model.head.weight is shared
+
+
+def test_one_tied_weight_takes_one_method():
+    """An adapter at one holder and training in place at the other would move the adapter's base; copies would part them."""
+
+    def tied():
+        model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
+        model[1].weight = model[0].weight
+        return model
+
+    model = tied()
+    for rules in ({"0": "lora", "1.weight": "full"}, {"0": "lora", "1": "full"}, {"1": "full", "0": "lora"}):
+        refused(model, errors.SelectorError, "earlier rules", call=lambda rules=rules: peftkit.wrap(model, rules))
+    rules = {"1": "lora", "0": "full"}
+    refused(model, errors.UnsupportedLayerError, "one weight", call=lambda: peftkit.wrap(model, rules))
+    for targets in ("**", "0", "1"):
+        refused(
+            model, errors.UnsupportedLayerError, "one weight with 1.weight", "in place",
+            call=lambda targets=targets: peftkit.wrap(model, "full", targets=targets, keep_base=True),
+        )  # fmt: skip
+    model = peftkit.wrap(model, "full", targets="1")
+    assert peftkit.summary(model).trainable == 20
+
+
+def test_a_field_may_be_a_list(tmp_path):
+    """A method whose field is a list, which has no hash, is planned, grouped and saved like any other."""
+    from dataclasses import dataclass, field
+
+    @dataclass(frozen=True)
+    class Listed(peftkit.Method):
+        name = "listed"
+        sizes: list[int] = field(default_factory=lambda: [1, 2])
+
+        def adapter(self, site, shared=None):
+            return peftkit.LoRA(rank=self.sizes[0]).adapter(site)
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    assert peftkit.plan(model, Listed()).trainable == 12
+    model = peftkit.wrap(model, Listed())
+    assert len(peftkit.param_groups(model, lr=0.1)) == 1
+    peftkit.save(model, tmp_path / "listed")
 
 
 def test_the_tree_of_errors_is_as_drawn():

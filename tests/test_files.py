@@ -8,12 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import peftkit
 import pytest
 import torch
-from peftkit import errors, files, manifests
 from safetensors import safe_open
 from torch import nn
+
+import peftkit
+from peftkit import errors, files, manifests
 
 RULES = {
     "0": peftkit.LoRA(rank=2, init="pissa"),
@@ -261,7 +262,8 @@ def rewritten(path, edit):
     edit(manifest, tensors)
     if "sites" in manifest and all("layer" in s for s in manifest["sites"]):
         manifest["fingerprint"] = manifests.fingerprint(manifest["sites"])
-    sealed = json.dumps({"manifest": manifest, "sha256": manifests.digest(manifests.canonical(manifest))})
+    seal = manifests.digest(json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+    sealed = json.dumps({"manifest": manifest, "sha256": seal})
     path.write_bytes(files.safetensors.torch.save(tensors, {"peftkit": sealed}))
 
 
@@ -288,15 +290,28 @@ def _shape(manifest, tensors):
 EDITS = {
     "a later format": (lambda m, _: m.update(format=2), errors.FormatError, "format 2"),
     "an unknown method": (lambda m, _: m["methods"][0].update(name="os"), errors.UnknownMethodError, "'os'"),
-    "a method that is a path": (lambda m, _: m["methods"][0].update(name="../x"), errors.UnknownMethodError, "installed"),
+    "a method that is a path": (
+        lambda m, _: m["methods"][0].update(name="../x"),
+        errors.UnknownMethodError,
+        "installed",
+    ),
     "an unknown field": (lambda m, _: m["methods"][0]["fields"].update(evil=1), errors.FormatError, "'evil'"),
     "a missing field": (lambda m, _: m["methods"][0]["fields"].pop("alpha"), errors.FormatError, "'alpha'"),
     "a field's wrong value": (lambda m, _: m["methods"][0]["fields"].update(rank=-1), errors.FormatError, "rank"),
-    "a huge rank": (lambda m, _: m["methods"][0]["fields"].update(rank=10**9, init="default"), errors.FormatError, "0.weight"),
+    "a huge rank": (
+        lambda m, _: m["methods"][0]["fields"].update(rank=10**9, init="default"),
+        errors.FormatError,
+        "0.weight",
+    ),
     "a site twice": (lambda m, _: m["sites"].append(m["sites"][0]), errors.FormatError, "contradicts"),
     "a site less": (lambda m, _: m["sites"].pop(), errors.FormatError, "no site|nothing|contradicts|place"),
     "a method's number too high": (lambda m, _: m["sites"][0].update(method=9), errors.FormatError, "contradicts"),
     "a site in place that is none": (lambda m, _: m["sites"][0].update(in_place=True), errors.FormatError, "in place"),
+    "a number that JSON does not have": (
+        lambda m, _: m["methods"][0]["fields"].update(alpha=float("nan")),
+        errors.FormatError,
+        "damaged",
+    ),
     "no sites": (lambda m, _: m.pop("sites"), errors.FormatError, "lacks"),
     "a bad name": (lambda m, _: m.update(name="a.b"), errors.StateError, "a.b"),
     "a value that is not a number": (_nan, errors.FormatError, "0.weight.up.*not finite"),

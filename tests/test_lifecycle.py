@@ -3,11 +3,12 @@
 import copy
 import pickle
 
-import peftkit
 import pytest
 import torch
-from peftkit import errors
 from torch import nn
+
+import peftkit
+from peftkit import errors
 
 
 def make_model(dtype=torch.float32):
@@ -124,7 +125,10 @@ def test_every_init_starts_as_the_base_bit_for_bit(init, dtype, x):
         before = [p.clone() for p in base.parameters()]
         model = peftkit.wrap(base, "lora", init=init, rank=4)
         assert torch.equal(model(x.to(dtype)), y)
-    assert all(torch.equal(p, q) for p, q in zip(before, (p for n, p in model.named_parameters() if "adapters" not in n), strict=True))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(before, (p for n, p in model.named_parameters() if "adapters" not in n), strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -178,7 +182,12 @@ def test_a_head_for_each_task(x):
     """Full(keep_base=True) is a switchable copy, bias and all; the base keeps its own."""
     base = make_model()
     y = base(x)
-    model = add(add(base, "a", 1, method={"3": peftkit.Full(keep_base=True)}), "b", 2, method={"3": peftkit.Full(keep_base=True)})
+    model = add(
+        add(base, "a", 1, method={"3": peftkit.Full(keep_base=True)}),
+        "b",
+        2,
+        method={"3": peftkit.Full(keep_base=True)},
+    )
     outputs = {}
     for name in "ab":
         with peftkit.using(model, name):

@@ -209,7 +209,9 @@ def test_convolution_by_definition(options, rank_stabilized, dtype):
     cls, given = CONVOLUTIONS[options]
     base = cls(**{"in_channels": 4, "out_channels": 6, "kernel_size": 3} | given).to(dtype)
     reference = copy.deepcopy(base)
-    ours = peftkit.wrap(nn.Sequential(base), {"0": peftkit.LoRA(rank=RANK, alpha=ALPHA, rank_stabilized=rank_stabilized)})
+    ours = peftkit.wrap(
+        nn.Sequential(base), {"0": peftkit.LoRA(rank=RANK, alpha=ALPHA, rank_stabilized=rank_stabilized)}
+    )
     adapter = ours[0].adapters["default"]["weight"]
     with torch.no_grad():
         adapter.up.normal_()
@@ -365,7 +367,5 @@ def from_weight(init, build, *, rank_stabilized):
         ),
     )
     before = layer.weight.detach().clone()
-    ours = peftkit.wrap(
-        base, {"0": peftkit.LoRA(rank=RANK, alpha=ALPHA, init=init, rank_stabilized=rank_stabilized)}
-    )
+    ours = peftkit.wrap(base, {"0": peftkit.LoRA(rank=RANK, alpha=ALPHA, init=init, rank_stabilized=rank_stabilized)})
     return ours, theirs, before

@@ -225,7 +225,11 @@ def reference(net, inputs, start, methods, names):
         first = {}
         for j, layer in enumerate(branch):
             path = first.setdefault(id(layer), f"branches.{i}.{j}")
-            y = run(layer, y, *adapted(layer, path, start, methods, names)) if "weight" in layer._parameters else y.tanh()
+            y = (
+                run(layer, y, *adapted(layer, path, start, methods, names))
+                if "weight" in layer._parameters
+                else y.tanh()
+            )
         outputs.append(y)
     return outputs
 
@@ -706,7 +710,9 @@ def test_calls_without_adapters(call, unwrapped):
     assert everything(net) == before
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(data=st.data(), net_and_inputs=nets(), grad=st.booleans(), training=st.booleans())
 def test_wrapping_changes_no_output(data, net_and_inputs, grad, training):
     """With any method, init, layer option, dtype and mode the output at the start is the base's, bit for bit."""
@@ -716,7 +722,9 @@ def test_wrapping_changes_no_output(data, net_and_inputs, grad, training):
         before = net(*inputs)
     methods = {path: data.draw(methods_for(layer)) for path, layer in layers_of(net).items()}
     # What an init subtracts is not dropped with what it is subtracted from, so in training these are equal in the mean.
-    methods = {path: dataclasses.replace(m, dropout=0.0) if isinstance(m, peftkit.LoRA) else m for path, m in methods.items()}
+    methods = {
+        path: dataclasses.replace(m, dropout=0.0) if isinstance(m, peftkit.LoRA) else m for path, m in methods.items()
+    }
     peftkit.wrap(net, methods)
     with torch.set_grad_enabled(grad):
         assert same(net(*inputs), before)

@@ -10,8 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import peftkit
 import pytest
+
+import peftkit
 
 PACKAGE = Path(peftkit.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
@@ -38,7 +39,9 @@ def imports_of(module):
     path = PACKAGE.joinpath(*module.split("."))
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     tree = ast.parse(path.read_text())
-    for block in [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]:
+    for block in [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+    ]:
         block.body = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "peftkit":
@@ -91,9 +94,7 @@ def test_the_core_names_no_method():
             if isinstance(node, ast.FunctionDef) and node.name in ("wrap", "plan")
             for d in (*node.args.defaults, *(d for d in node.args.kw_defaults if d))
         }
-        strings = [
-            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in defaults
-        ]
+        strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in defaults]
         assert not [name for name in names if name in strings], path
 
 
@@ -102,7 +103,13 @@ def test_every_public_name_has_a_docstring_with_an_example(value):
     """Public functions and built-in methods show an example that runs; contracts say what they are for."""
     doc = inspect.getdoc(value)
     assert doc
-    if inspect.isfunction(value) or value in (peftkit.LoRA, peftkit.Full, peftkit.Frozen, peftkit.Method, peftkit.LayerKind):
+    if inspect.isfunction(value) or value in (
+        peftkit.LoRA,
+        peftkit.Full,
+        peftkit.Frozen,
+        peftkit.Method,
+        peftkit.LayerKind,
+    ):
         assert ">>>" in doc
 
 
@@ -155,4 +162,4 @@ def test_python_in_the_docs_runs(page, tmp_path, monkeypatch):
     if not blocks:
         return
     monkeypatch.chdir(tmp_path)
-    exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": page.stem})  # noqa: S102 - our own documentation
+    exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": page.stem})
