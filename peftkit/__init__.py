@@ -28,6 +28,7 @@ from peftkit.lifecycle import activate, disabled, param_groups, set_trainable, u
 from peftkit.merging import merge, unmerge
 from peftkit.plan import plan
 from peftkit.plugins import method, methods
+from peftkit.routing import routed
 from peftkit.summary import summary
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "methods",
     "param_groups",
     "plan",
+    "routed",
     "save",
     "set_trainable",
     "state_dict",

@@ -6,7 +6,8 @@ docs/design.md). The base's own parameter is read past everything that adapts it
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapter import Adapter, LowRank
+from peftkit.errors import StateError
 from peftkit.layers.kind import LayerKind
 from peftkit.recipe import made
 
@@ -34,6 +36,8 @@ class Adapted:
     """The layer's kind, if the layer's forward is the very one that the kind knows; only then is its fast
     path right.
     """
+    family: str | None
+    """The family of the layer's kind: what its inputs look like."""
     kinds: dict[str, LayerKind]
     """For each adaptable parameter of the swapped class, how it becomes a matrix."""
     bias_of: dict[str, str]
@@ -55,6 +59,14 @@ class Running(NamedTuple):
     """The one weight that is adapted, where all its forms are a sum that the kind's fast path can add to the output."""
 
 
+class Routing(ABC):
+    """Stands where a layer's running adapters stand, while these differ from sample to sample (`peftkit.routing`)."""
+
+    @abstractmethod
+    def run(self, layer: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer's output; `call(running, args, kwargs)` runs some rows with some adapters."""
+
+
 def is_swapped(layer: nn.Module) -> bool:
     """Whether the layer's class is one of ours."""
     return LAYER in layer.__dict__
@@ -72,9 +84,9 @@ def state_of(layer: nn.Module) -> Adapted:
     return state
 
 
-def running_in(layer: nn.Module) -> Running | None:
+def running_in(layer: nn.Module) -> Running | Routing | None:
     """Which adapters run in a layer now; None when none does."""
-    running: Running | None = layer.__dict__.get(RUNNING)
+    running: Running | Routing | None = layer.__dict__.get(RUNNING)
     return running
 
 
@@ -91,10 +103,11 @@ def raw_parameter(layer: nn.Module, name: str) -> Any:
     raise AttributeError(f"{base_class(layer).__name__!r} object has no attribute {name!r}")
 
 
-def adapted_parameter(layer: nn.Module, name: str) -> Any:
+def adapted_parameter(layer: nn.Module, name: str, running: Running | Routing | None) -> Any:
     """The parameter as the running adapters make it: the definition of every method, and the generic path."""
     raw = raw_parameter(layer, name)
-    running = running_in(layer)
+    if isinstance(running, Routing):
+        raise StateError("a model that is compiled cannot give each sample a weight of its own; call it uncompiled")
     if raw is None or running is None or not running.names:
         return raw
     steps = list(steps_for(layer, name, running.names))

@@ -277,7 +277,8 @@ def _swap_for(layer: nn.Module, *, weight: str | None = None, reads: tuple[nn.Mo
     """Swap the layer's class so that it can also adapt `weight`, or read the weights of `reads`; or swap it back."""
     own: Adapted | None = layer.__dict__.get(LAYER)
     if own is None:
-        own = Adapted(type(layer), _fast_kind(type(layer)), {}, {})
+        found = plugins.kind_of(type(layer))
+        own = Adapted(type(layer), _fast_kind(type(layer)), found[0].family if found else None, {}, {})
     kinds, bias_of = dict(own.kinds), dict(own.bias_of)
     if weight is not None and weight != "module":
         kinds[weight] = kind_for(layer, weight)

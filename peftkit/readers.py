@@ -81,12 +81,28 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
 
 
 def _attribute_pairs(code: CodeType) -> Iterator[tuple[str, str]]:
-    """Consecutive attribute loads `a.b`, unless what is loaded next is only the weight's metadata."""
-    names = [
-        (i.argval if i.opname in ("LOAD_ATTR", "LOAD_METHOD") else None)
-        for i in dis.get_instructions(code)
-        if i.opname not in ("CACHE", "EXTENDED_ARG", "NOP")
-    ]
-    for child, parameter, after in zip(names, names[1:], [*names[2:], None], strict=False):
-        if child is not None and parameter is not None and after not in _METADATA:
-            yield child, parameter
+    """Consecutive attribute loads `a.b`, unless what is asked is only the weight's metadata, or what type it has."""
+    asked_for_type = False
+    names: list[str | None] = []
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("CACHE", "EXTENDED_ARG", "NOP"):
+            continue
+        attribute = instruction.opname in ("LOAD_ATTR", "LOAD_METHOD")
+        if len(names) >= 2 and not asked_for_type and not (attribute and instruction.argval in _METADATA):
+            yield from _pair(names)
+        if attribute:
+            names.append(instruction.argval)
+            continue
+        names = []
+        if instruction.opname.startswith("LOAD_GLOBAL"):
+            asked_for_type = instruction.argval == "isinstance"
+        elif not instruction.opname.startswith("LOAD_FAST"):
+            asked_for_type = False
+    if len(names) >= 2 and not asked_for_type:
+        yield from _pair(names)
+
+
+def _pair(names: list[str | None]) -> Iterator[tuple[str, str]]:
+    child, parameter = names[-2:]
+    if child is not None and parameter is not None:
+        yield child, parameter

@@ -16,33 +16,42 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peftkit.adapter import Activation, Adapter, Base, LowRank
-from peftkit.composition import RUNNING, Running, adapters_in, base_class, raw_parameter, running_in, state_of
+from peftkit.composition import RUNNING, Routing, Running, adapters_in, base_class, raw_parameter, running_in, state_of
 from peftkit.errors import StateError
 from peftkit.recipe import forget, recipes
 
 SEEN = "_peftkit_seen"
 
 
+class Frame(dict[tuple[str, bool], Any]):
+    """What was computed in one open frame, by parameter and grad mode; and for which adapters."""
+
+    def __init__(self, running: Running | None) -> None:
+        super().__init__()
+        self.running = running
+
+
 class _Frames(threading.local):
-    """The open frames of this thread: layer's id → what was computed in it, by parameter and grad mode."""
+    """The open frames of this thread, by the layer's id."""
 
     def __init__(self) -> None:
-        self.open: dict[int, dict[tuple[str, bool], Tensor]] = {}
+        self.open: dict[int, Frame] = {}
 
 
 frames = _Frames()
 
 
 @contextmanager
-def open_frames(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Let the layers' parameters read as adapted ones in this thread. A nested frame starts empty."""
+def open_frames(layers: Iterable[nn.Module], running: Iterable[Running | None]) -> Iterator[None]:
+    """Let the layers' parameters read as `running` adapts them, in this thread. A nested frame starts empty."""
     opened = frames.open
-    outer = [(id(layer), opened.get(id(layer))) for layer in layers]
-    for key, _ in outer:
-        opened[key] = {}
+    outer = []
+    for layer, each in zip(layers, running, strict=True):
+        outer.append((id(layer), opened.get(id(layer))))
+        opened[id(layer)] = Frame(each)
     with recipes():
         try:
             yield
@@ -92,7 +101,25 @@ def run(
     compiling = torch.compiler.is_compiling()
     if not compiling and torch.is_grad_enabled():
         _refuse_changed_recompute(layer, running)
-    reads = () if compiling else state_of(layer).reads
+    if isinstance(running, Routing):
+
+        def some(running: Running | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return _run(layer, running, forward, args, kwargs, known=known)
+
+        return running.run(layer, some, args, kwargs)
+    return _run(layer, running, forward, args, kwargs, known=known)
+
+
+def _run(
+    layer: nn.Module,
+    running: Running | None,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    known: bool,
+) -> Any:
+    reads = () if torch.compiler.is_compiling() else state_of(layer).reads
     if reads:
         forward = functools.partial(_reading, reads=reads, forward=forward)
     if running is None:
@@ -111,7 +138,8 @@ def run(
 def _reading(
     layer: nn.Module, *args: Any, reads: tuple[nn.Module, ...], forward: Callable[..., Any], **kwargs: Any
 ) -> Any:
-    with open_frames(reads):
+    running = (now if isinstance(now := running_in(each), Running) else None for each in reads)
+    with open_frames(reads, running):
         return forward(layer, *args, **kwargs)
 
 
@@ -138,7 +166,7 @@ def _run_weights(
         return _run_fused(layer, running, running.fused, args[0])
     if torch.compiler.is_compiling():
         return forward(layer, *args, **kwargs)
-    with open_frames((layer,)):
+    with open_frames((layer,), (running,)):
         return forward(layer, *args, **kwargs)
 
 
@@ -169,7 +197,7 @@ def _run_fused(layer: nn.Module, running: Running, weight: str, x: Any) -> Any:
     return y
 
 
-def _refuse_changed_recompute(layer: nn.Module, running: Running | None) -> None:
+def _refuse_changed_recompute(layer: nn.Module, running: Running | Routing | None) -> None:
     """A checkpointed block is run again inside backward; with other adapters its gradients would be silently wrong."""
     if torch._C._current_graph_task_id() == -1:
         layer.__dict__[SEEN] = running

@@ -18,7 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftkit.composition import LAYER, RUNNING, Adapted, adapted_parameter, base_class, raw_parameter, state_of
+from peftkit.composition import (
+    LAYER,
+    RUNNING,
+    Adapted,
+    adapted_parameter,
+    base_class,
+    raw_parameter,
+    running_in,
+    state_of,
+)
 from peftkit.errors import StateError
 from peftkit.running import SEEN, frames, run
 
@@ -106,14 +115,14 @@ class _AdaptedParameter(property):
 def _property(name: str) -> _AdaptedParameter:
     def read(self: nn.Module) -> Any:
         if torch.compiler.is_compiling():
-            return adapted_parameter(self, name)
-        memo = frames.open.get(id(self))
-        if memo is None:
+            return adapted_parameter(self, name, running_in(self))
+        frame = frames.open.get(id(self))
+        if frame is None:
             return raw_parameter(self, name)
         key = (name, torch.is_grad_enabled())
-        if key not in memo:
-            memo[key] = adapted_parameter(self, name)
-        return memo[key]
+        if key not in frame:
+            frame[key] = adapted_parameter(self, name, frame.running)
+        return frame[key]
 
     # DataParallel replicas and FSDP1 put a plain tensor in a parameter's place, and take it away again.
     def write(self: nn.Module, value: Any) -> None:

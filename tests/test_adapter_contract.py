@@ -7,6 +7,7 @@ reference is the definition, `W' = f(W)`, run through `torch.nn.functional` in f
 import copy
 import functools
 import itertools
+import pickle
 import sys
 import threading
 import types
@@ -618,6 +619,30 @@ def test_trained_base_takes_the_generic_path(built):
     model(features()).sum().backward()
     assert built
     assert model[0].weight.grad is not None
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
+
+
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
+def test_a_copy_keeps_the_fast_path(make_copy, built):
+    """A copied model runs old and new adapters as the original does, without building a weight."""
+    model, _, _, _ = adapt(nn.Linear(6, 5), LORA)
+    model = make_copy(model)
+    model = peftkit.wrap(model, {"0": LORA}, name="g")
+    model(features())
+    assert not built
+
+
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
+def test_a_copy_keeps_what_belongs_together(make_copy):
+    """On a copied model a bias still goes with its weight, for a method that is added to the copy."""
+    model, _ = around(nn.Linear(6, 6), "a")
+    model = make_copy(model)
+    model = peftkit.wrap(model, {"0": RowsAndBias()}, name="b")
+    peftkit.activate(model, "b")
+    nn.init.constant_(model[0].adapters["b"]["weight"].scale, 2.0)
+    assert torch.equal(model(torch.zeros(1, 6, dtype=torch.float64))[0], 2 * model[0].bias)
 
 
 # ----------------------------------------------------------------------------------------------- dropout
