@@ -85,9 +85,9 @@ class Site:
         """
         if self.kind is None:
             raise TypeError(f"{self.path or 'the model'} is adapted as a whole module; it has no matrix")
-        if self.device.type == "meta":
-            return torch.empty(self.shape, dtype=self.dtype, device="meta")
         raw = getattr(self.layer, self.weight)
+        if self.device.type == "meta":
+            raw = torch.empty_like(raw, device="meta")
         return self.kind.matrix(self.layer, self.weight, raw.detach()).to(device=self.device, dtype=self.dtype)
 
     def unfreeze(self) -> None:

@@ -163,7 +163,8 @@ def compose(
             m = kind.matrix(layer, name, value)
             keep = _keep(adapter, m) if dropping else ()
             value = kind.restore(layer, name, adapter("weight", m, *keep))
-    return value.to(raw.dtype)
+    # A parameter handed through keeps its flag under no_grad, and torch chooses kernels by it: the base has none.
+    return value.to(raw.dtype) if torch.is_grad_enabled() else value.to(raw.dtype).detach()
 
 
 def _keep(adapter: Adapter, m: Tensor) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,7 @@ def load(
     *,
     trainable: bool = False,
     check_base: bool = True,
+    methods: Sequence[type[Method]] = (),
 ) -> nn.Module:
     """Install the adapter of a file on a model: its exact values, at the exact places, or not at all.
 
@@ -211,6 +212,7 @@ def load(
         name: the adapter's name; by default the one that it was saved under.
         trainable: whether it can be trained further.
         check_base: compare a few values of every adapted base weight with those that the file remembers.
+        methods: classes of your own that no installed package offers, to be found by their names.
 
     Raises `FormatError` for a file that is truncated or altered, `BaseMismatchError` for another base, `MethodError`
     for a method
@@ -229,7 +231,7 @@ def load(
     manifest = read.manifest
     name = manifest["name"] if name is None else name
     check_name(model, name)
-    sites = _resolve(model, manifest, check_base=check_base)
+    sites = _resolve(model, manifest, {m.name: m for m in methods}, check_base=check_base)
     built = _rebuild(path, sites, read.tensors)
     known = record(model)
     active = known.active if known and known.active else (name,)
@@ -275,9 +277,11 @@ def _read(path: Path) -> _Read:
     return _Read(manifest, tensors)
 
 
-def _resolve(model: nn.Module, manifest: dict[str, Any], *, check_base: bool) -> list[tuple[Site, Method, bool]]:
+def _resolve(
+    model: nn.Module, manifest: dict[str, Any], own: Mapping[str, type[Method]], *, check_base: bool
+) -> list[tuple[Site, Method, bool]]:
     """The sites of a manifest in this model, each with its method and whether it is trained in place."""
-    methods = [_method(entry) for entry in manifest["methods"]]
+    methods = [_method(entry, own) for entry in manifest["methods"]]
     modules = modules_of(inner(model))
     found = []
     for entry in manifest["sites"]:
@@ -307,15 +311,18 @@ def _resolve(model: nn.Module, manifest: dict[str, Any], *, check_base: bool) ->
     return found
 
 
-def _method(entry: dict[str, Any]) -> Method:
+def _method(entry: dict[str, Any], own: Mapping[str, type[Method]]) -> Method:
     """The method of a manifest's entry, among those installed: nothing is imported from what a file says."""
     try:
-        return plugins.method(entry["name"]).from_fields(entry["fields"])
+        found = own.get(entry["name"]) or plugins.method(entry["name"])
+        return found.from_fields(entry["fields"])
     except FieldError as error:
         raise FormatError(f"the file's method cannot be made by what is installed: {error}") from error
     except MethodError as error:
         package = entry.get("package")
-        hint = f"; the file was written with {package} {entry.get('version')}, install it" if package else ""
+        hint = f"; the file was written with {package} {entry.get('version')}, install it"
+        if not package:
+            hint = "; no package offered it, so it is a class of somebody's own: load(..., methods=[ThatClass])"
         raise type(error)(f"{error}{hint}") from error
 
 
@@ -340,7 +347,7 @@ def _rebuild(
             expected.add(site.name)
         else:
             for key, own in adapter.state_dict(keep_vars=True).items():
-                tensor = _fit(path, f"{site.name}.{key}", own, tensors).to(site.device)
+                tensor = _laid_out_as(own, _fit(path, f"{site.name}.{key}", own, tensors).to(site.device))
                 expected.add(f"{site.name}.{key}")
                 _assign(adapter, key, own, tensor)
             _refuse_left_on_meta(adapter, site)
@@ -360,6 +367,13 @@ def _fit(path: str | os.PathLike[str], key: str, own: Tensor, tensors: Mapping[s
             f"{path}: {key} is {tensor.dtype} {list(tensor.shape)}, where {own.dtype} {list(own.shape)} is due"
         )
     return tensor
+
+
+def _laid_out_as(own: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor with the strides that it had when it was made: kernels round by them."""
+    if own.stride() == tensor.stride():
+        return tensor
+    return torch.empty_strided(own.shape, own.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _assign(adapter: nn.Module, key: str, own: Tensor, tensor: Tensor) -> None:

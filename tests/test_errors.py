@@ -1,5 +1,6 @@
 """Bad input gets an error that names the thing, the nearest right thing and the remedy, and leaves the model as it was."""
 
+import copy
 import re
 
 import pytest
@@ -317,6 +318,10 @@ def test_a_field_may_be_a_list(tmp_path):
     model = peftkit.wrap(model, Listed())
     assert len(peftkit.param_groups(model, lr=0.1)) == 1
     peftkit.save(model, tmp_path / "listed")
+    fresh = copy.deepcopy(peftkit.unwrap(model))
+    with pytest.raises(errors.UnknownMethodError, match=r"'listed'.*methods=\[ThatClass\]"):
+        peftkit.load(fresh, tmp_path / "listed")
+    assert peftkit.load(fresh, tmp_path / "listed", methods=[Listed]) is fresh
 
 
 def test_the_tree_of_errors_is_as_drawn():

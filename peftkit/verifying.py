@@ -1,0 +1,522 @@
+"""Runs a model on an example, and names what is silently wrong with its adapters; the model is left as it was.
+
+Nothing inside the library is patched to see this: adapters are modules that are always called as modules, so that
+forward hooks on them tell whether they took part.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.adapter import Activation, Adapter, Base
+from peftkit.composition import compose, raw_parameter, state_of, steps_for
+from peftkit.errors import StateError, UnsupportedLayerError
+from peftkit.installed import Installed, Placement, inner, unmerged
+from peftkit.merging import merge, unmerge
+from peftkit.method import Method
+from peftkit.resolve import modules_of
+from peftkit.tables import count, table
+
+Kind: TypeAlias = Literal[
+    "bypassed", "not finite", "changes nothing", "frozen", "no gradient", "zero gradient", "drifts"
+]
+_LINES = 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that is wrong."""
+
+    path: str
+    """Of the weight, of the trainable parameter, or (for `drifts`) of the layer."""
+    kind: Kind
+    """* `bypassed`: an active adapter took no part: its layer did not run, or its weight was read past it.
+    * `not finite`: a value of the adapter is infinite or NaN.
+    * `changes nothing`: the adapted weight is bit for bit the base's, though the adapter has been trained elsewhere or
+      does not train.
+    * `frozen`: it does not train, though the rest of its adapter does.
+    * `no gradient`: it trains, but the output does not depend on it.
+    * `zero gradient`: the output does not react to it, nor to any other parameter of its adapter there.
+    * `drifts`: merged, the model's output is another than unmerged.
+    """
+    adapter: str
+    """The adapter's name; empty for a parameter that belongs to none."""
+    note: str
+    """What is known of it, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Report:
+    """What `verify` has found; `print` it for a table."""
+
+    faults: tuple[Fault, ...]
+    notes: tuple[str, ...]
+    """What is no fault yet, or could not be checked."""
+    sites: int
+    """How many sites of active adapters were looked at."""
+    parameters: int
+    """How many trainable parameters (tensors) were looked at."""
+    error: float | None
+    """Merged against unmerged: the largest relative difference of an output; None where nothing can be merged."""
+    bound: float
+    """The largest `error` that rounding explains."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no fault."""
+        return not self.faults
+
+    def raise_if_bad(self) -> None:
+        """Raise a `StateError` with the whole report, unless it is `ok`."""
+        if not self.ok:
+            raise StateError(f"verify found {count(len(self.faults), 'fault')}:\n{self}")
+
+    def __str__(self) -> str:
+        """What was looked at, and a table of faults with a line each."""
+        found = "ok" if self.ok else count(len(self.faults), "fault")
+        seen = f"{count(self.sites, 'adapted weight')}, {count(self.parameters, 'trainable parameter')}"
+        lines = [f"{found}: {seen}"]
+        if self.error is not None:
+            lines.append(f"merged against unmerged: {self.error:.1e} (bound {self.bound:.1e})")
+        lines += [f"note: {note}" for note in self.notes]
+        if self.faults:
+            rows = [[f.path or "(the model)", f.adapter or "-", f.kind, f.note] for f in self.faults[:_LINES]]
+            lines += ["", table(["path", "adapter", "fault", "note"], rows)]
+        if len(self.faults) > _LINES:
+            lines.append(f"… and {len(self.faults) - _LINES:,} more, in .faults")
+        return "\n".join(lines)
+
+
+def verify(model: nn.Module, example: Any, *, rtol: float | None = None) -> Report:
+    """Run the model on an example, and name every adapter that takes no part, does nothing, or cannot be trained or
+    merged.
+
+    Three runs: one forward and backward in training mode (the loss is a random sum of all outputs), and in eval mode
+    one unmerged and one merged. Values, gradients, modes, buffers and random generators are afterwards as they were,
+    also if the model raises.
+
+    Args:
+        model: a wrapped model, not merged.
+        example: what the model's forward takes, large enough for training mode: a tuple is positional arguments, a
+            mapping is keyword arguments, anything else is the one argument.
+        rtol: how far merged may be from unmerged, relative to each output's norm. By default `3 * eps * sqrt(n)` in
+            half precision and TF32 and `100 * eps * sqrt(n)` otherwise, for `n` adapted layers: there, a layer's
+            result is rounded three times; here, sums of thousands of terms are.
+
+    A layer that happens not to run on the example (an expert that no token chose) is reported as bypassed; read its
+    note. Adapters that change nothing *at all* are not a fault but a note, because that is how most begin.
+
+    Raises `StateError` when the model is not wrapped or is merged; whatever the model raises passes.
+
+    >>> import torch, peftkit
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> model = peftkit.wrap(model, peftkit.LoRA(init="pissa", rank=2))
+    >>> report = peftkit.verify(model, torch.randn(4, 8))
+    >>> report.ok, report.sites, report.parameters
+    (True, 1, 2)
+    """
+    known = unmerged(model, "verify it")
+    root = inner(model)
+    with _untouched(root):
+        with _watching(known) as watch:
+            gradients = _gradients(root, example)
+        faults, notes = _site_faults(known, watch)
+        bypassed = {(fault.adapter, fault.path) for fault in faults if fault.kind == "bypassed"}
+        faults += _gradient_faults(root, known, gradients, bypassed)
+        drift, error, bound = _compare(model, known, example, rtol)
+    if isinstance(error, str):
+        notes.append(f"not merged: {error}")
+    return Report(
+        faults=(*faults, *drift),
+        notes=tuple(notes),
+        sites=len(_active(known)),
+        parameters=len(gradients),
+        error=None if isinstance(error, str) else error,
+        bound=bound,
+    )
+
+
+def _active(known: Installed) -> list[tuple[str, Placement]]:
+    """The sites of adapters that run now, with their adapter's name; weights trained in place are no adapters."""
+    return [(name, p) for name in known.active for p in known.adapters[name] if p.adapter is not None]
+
+
+def _call(root: nn.Module, example: Any) -> Any:
+    example = _copied(example)
+    if isinstance(example, dict):
+        return root(**example)
+    return root(*example) if type(example) is tuple else root(example)
+
+
+def _copied(value: Any) -> Any:
+    """The example, with tensors of its own: nothing is written into the caller's, nor differentiated beyond them."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    if isinstance(value, Mapping):
+        return {key: _copied(each) for key, each in value.items()}
+    return type(value)(map(_copied, value)) if type(value) in (tuple, list) else value
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    """The floating point tensors of a nested output: tuples, lists, mappings (as in transformers) and dataclasses."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _leaves(each)
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _leaves(each)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _leaves(getattr(value, field.name))
+
+
+# ------------------------------------------------------------------------------------------ leaving no trace
+
+
+@contextmanager
+def _untouched(root: nn.Module) -> Iterator[None]:
+    """Whatever happens inside, put back modes, gradients, buffers and random generators."""
+    modules = list(root.modules())
+    modes = [(m, m.training) for m in modules]
+    buffers = [(m, dict(m._buffers)) for m in modules if m._buffers]
+    values = [(b, b.detach().clone()) for _, own in buffers for b in own.values() if b is not None and not b.is_meta]
+    gradients = [(p, p.grad) for p in root.parameters()]
+    # These hooks may hold an optimizer that steps within backward.
+    hooks = [(own, dict(own)) for p, _ in gradients if (own := getattr(p, "_post_accumulate_grad_hooks", None))]
+    cuda = list(range(torch.cuda.device_count())) if _cuda_runs() else []
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            for p, _ in gradients:
+                p.grad = None
+            for own, _ in hooks:
+                own.clear()
+            yield
+        finally:
+            for own, entries in hooks:
+                own.update(entries)
+            for p, grad in gradients:
+                p.grad = grad
+            for module, registered in buffers:
+                module._buffers.clear()
+                module._buffers.update(registered)
+            with torch.no_grad():
+                for buffer, value in values:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+            for module, training in modes:
+                module.training = training
+
+
+def _cuda_runs() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def _seed() -> None:
+    """Every run draws the same numbers. (`torch.manual_seed` would also queue a seed for a device not yet in use.)"""
+    torch.default_generator.manual_seed(0)
+    if _cuda_runs():
+        torch.cuda.manual_seed_all(0)
+
+
+# ------------------------------------------------------------------------------------------- who takes part
+
+
+class _Watch:
+    """What was seen of adapters and layers during a forward."""
+
+    def __init__(self) -> None:
+        self.ran: set[int] = set()
+        """Layers (by id) whose forward was called."""
+        self.took_part: set[int] = set()
+        """Adapters that were asked for their weight or factors, or ran around their layer."""
+        self.moved: set[int] = set()
+        """Activations whose output was not that of what they surround."""
+        self.inside: dict[int, list[Tensor]] = {}
+        """What an activation's base gave it last."""
+
+    def layer(self, layer: nn.Module, args: Any) -> None:  # noqa: ARG002 - a hook's signature
+        self.ran.add(id(layer))
+
+    def adapter(self, adapter: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(adapter, Activation):
+            before, after = self.inside.get(id(adapter)), list(_leaves(output))
+            same = before is not None and len(before) == len(after) and all(map(torch.equal, before, after))
+            self.moved |= set() if same else {id(adapter)}
+        if isinstance(adapter, Activation) or args[0] != "bias":
+            self.took_part.add(id(adapter))
+
+    def surrounded(self, adapter: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        base, *rest = args
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            output = base.call(*args, **kwargs)
+            self.inside[id(adapter)] = [t.detach() for t in _leaves(output)]
+            return output
+
+        return (Base(base.model, base.names, call), *rest)
+
+
+@contextmanager
+def _watching(known: Installed) -> Iterator[_Watch]:
+    watch = _Watch()
+    with ExitStack() as stack:
+        for layer in known.layers(known.active):
+            stack.enter_context(layer.register_forward_pre_hook(watch.layer))
+        for _, placement in _active(known):
+            adapter = placement.adapter
+            assert adapter is not None  # noqa: S101 - `_active` says so
+            stack.enter_context(adapter.register_forward_hook(watch.adapter))
+            if isinstance(adapter, Activation):
+                stack.enter_context(adapter.register_forward_pre_hook(watch.surrounded))
+        yield watch
+
+
+def _site_faults(known: Installed, watch: _Watch) -> tuple[list[Fault], list[str]]:
+    """Adapters that were bypassed, and those that change nothing; and what of the latter is only a note."""
+    faults = []
+    idle: dict[tuple[str, Method], list[Placement]] = {}
+    moving: set[tuple[str, Method]] = set()
+    for name, placement in _active(known):
+        if id(placement.adapter) not in watch.took_part:
+            faults.append(Fault(placement.name, "bypassed", name, _why_bypassed(placement, watch)))
+        elif not all(tensor.isfinite().all() for _, tensor in placement.tensors()):
+            faults.append(Fault(placement.name, "not finite", name, "an infinite or NaN value; load it again"))
+        elif _moves(name, placement, watch):
+            moving.add((name, placement.method))
+        else:
+            idle.setdefault((name, placement.method), []).append(placement)
+    notes = []
+    for (name, method), placements in idle.items():
+        others = (name, method) in moving
+        dead = [p for p in placements if others or not any(q.requires_grad for _, q in p.trained())]
+        why = "other sites of this adapter do" if others else "it does not train either, so it never will"
+        faults += [Fault(p.name, "changes nothing", name, f"{why}; look at its values") for p in dead]
+        if not dead:
+            where = "its one site" if len(placements) == 1 else f"any of its {len(placements)} sites"
+            notes.append(
+                f"adapter {name!r} ({method}) changes nothing yet at {where}, as before the first step of training"
+            )
+    return faults, notes
+
+
+def _why_bypassed(placement: Placement, watch: _Watch) -> str:
+    if isinstance(placement.adapter, Activation):
+        return "its module did not run on this example"
+    if id(placement.layer) in watch.ran:
+        return "the layer ran without reading this weight; adapt what it reads instead, or exclude it"
+    return (
+        "the layer did not run on this example; either nothing uses it, or its weight is read from outside in a way "
+        "that shows no adapter (as getattr(layer, name) does); adapt what runs, or exclude it"
+    )
+
+
+def _moves(name: str, placement: Placement, watch: _Watch) -> bool:
+    """Whether the adapted weight, or its bias, differs from the base in any bit; in float32 at least, not rounded."""
+    layer, adapter = placement.layer, placement.adapter
+    if not isinstance(adapter, Adapter):
+        return id(adapter) in watch.moved
+    for weight in state_of(layer).kinds:
+        steps = [step for step in steps_for(layer, weight, (name,)) if step[0] is adapter]
+        raw = raw_parameter(layer, weight) if steps else None
+        if raw is None:
+            continue
+        if raw.is_meta:  # offloaded: its values are not at hand
+            return True
+        w = raw.detach().to(torch.promote_types(raw.dtype, torch.float32))
+        with torch.no_grad():
+            if not torch.equal(compose(layer, weight, w, steps, dropping=False), w):
+                return True
+    return False
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+def _gradients(root: nn.Module, example: Any) -> dict[int, bool | None]:
+    """For each trainable parameter, by id, whether its gradient is not zero; None where there is none."""
+    if not root.training:
+        root.train()
+    _seed()
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        loss = sum((_signed_sum(t) for t in _leaves(_call(root, example)) if t.requires_grad), torch.zeros(()))
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+    found: dict[int, bool | None] = {}
+    for p in root.parameters():
+        if p.requires_grad:
+            found[id(p)] = None if p.grad is None else _any(p.grad)
+            p.grad = None
+    return found
+
+
+def _signed_sum(t: Tensor) -> Tensor:
+    """Elements times fixed random signs: no output can cancel against itself, as a softmax or a norm would."""
+    signs = torch.randint(2, t.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return (t.float() * signs.to(t.device)).sum().cpu()
+
+
+def _any(grad: Tensor) -> bool:
+    return bool((grad.coalesce().values() if grad.is_sparse else grad).any())
+
+
+def _gradient_faults(
+    root: nn.Module, known: Installed, gradients: dict[int, bool | None], bypassed: set[tuple[str, str]]
+) -> list[Fault]:
+    paths = {id(p): path for path, p in root.named_parameters()}
+    faults = []
+    owned: set[int] = set()
+    for name, placements in known.adapters.items():
+        trained = [[p for _, p in placement.trained()] for placement in placements]
+        owned |= {id(p) for group in trained for p in group}
+        trains = any(id(p) in gradients for group in trained for p in group)
+        for placement, group in zip(placements, trained, strict=True):
+            here = [p for p in group if id(p) in gradients]
+            if trains:
+                note = "it does not train, though the rest of its adapter does; call peftkit.set_trainable"
+                faults += [Fault(paths[id(p)], "frozen", name, note) for p in group if id(p) not in gradients]
+            if (name, placement.name) not in bypassed:
+                faults += _without_gradient(here, name, paths, gradients, active=name in known.active)
+    for p in root.parameters():
+        if id(p) in gradients and id(p) not in owned:
+            faults += _without_gradient([p], "", paths, gradients, active=True)
+    return faults
+
+
+def _without_gradient(
+    group: Sequence[nn.Parameter],
+    name: str,
+    paths: Mapping[int, str],
+    gradients: Mapping[int, bool | None],
+    *,
+    active: bool,
+) -> Iterator[Fault]:
+    """Faults of one adapter at one site. That its output reacts to one of its parameters is enough for the others."""
+    reacts = any(gradients[id(p)] for p in group)
+    for p in group:
+        if gradients[id(p)] is None:
+            note = (
+                "the output does not depend on it; look for detach(), no_grad(), or reentrant gradient checkpointing"
+                if active
+                else f"its adapter does not run; call peftkit.activate(model, {name!r}), or set_trainable without it"
+            )
+            yield Fault(paths[id(p)], "no gradient", name, note)
+        elif not reacts:
+            yield Fault(paths[id(p)], "zero gradient", name, "the output does not react to it on this example")
+
+
+# --------------------------------------------------------------------------------- merged against unmerged
+
+_Compared: TypeAlias = tuple[list[Fault], float | str, float]
+
+
+def _compare(model: nn.Module, known: Installed, example: Any, rtol: float | None) -> _Compared:
+    """The fault if there is one, the error (or why there is none), and its bound."""
+    root = inner(model)
+    layers = _watched_layers(root, known)
+    plain = _run(root, example)
+    own = _own_bound(known, plain) if rtol is None else rtol
+    bound = own * math.sqrt(max(1, len(layers))) if rtol is None else rtol
+    try:
+        merge(model, untie=True)
+    except (UnsupportedLayerError, StateError) as reason:
+        return [], str(reason), bound
+    try:
+        merged = _run(root, example)
+    finally:
+        unmerge(model)
+    error = _difference(merged, plain)
+    if error <= bound:
+        return [], error, bound
+    path, note = _first_drift(model, layers, example, own)
+    note = f"merged differs from unmerged by {error:.1e} (bound {bound:.1e}); {note}"
+    return [Fault(path, "drifts", ", ".join(known.active), note)], error, bound
+
+
+def _watched_layers(root: nn.Module, known: Installed) -> dict[str, nn.Module]:
+    """The adapted layers and those that read their weights, by path."""
+    wanted = {id(m) for m in (*(p.layer for _, p in _active(known)), *known.readers)}
+    return {path: m for path, m in modules_of(root).items() if id(m) in wanted}
+
+
+def _run(root: nn.Module, example: Any) -> list[Tensor]:
+    """The outputs in eval mode, without gradients."""
+    root.eval()
+    _seed()
+    with torch.no_grad():
+        return [t.detach() for t in _leaves(_call(root, example))]
+
+
+def _own_bound(known: Installed, outputs: Iterable[Tensor]) -> float:
+    """How far one merged layer may be from unmerged: what rounding explains, by the coarsest dtype in use.
+
+    In half precision a product is summed in float32 and rounded at the end: three roundings unmerged (base, update,
+    sum) against one merged. In float32 and float64 the sums themselves are rounded, term by term.
+    """
+    weights = [raw_parameter(p.layer, p.weight) for _, p in _active(known) if isinstance(p.adapter, Adapter)]
+    tensors = [t for t in (*weights, *outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+    epsilons = [torch.finfo(t.dtype).eps for t in tensors]
+    for device in {t.device.type for t in tensors}:
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            epsilons.append(torch.finfo(torch.get_autocast_dtype(device)).eps)
+        if device == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or any(w.dim() > 2 for w in weights)):
+            epsilons.append(2**-10)  # TF32, which convolutions use unless told otherwise
+    eps = max(epsilons, default=torch.finfo(torch.float32).eps)
+    return (3 if eps > 1e-4 else 100) * eps
+
+
+def _difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative difference of one output; NaN is infinitely far from everything."""
+    if [t.shape for t in actual] != [t.shape for t in expected]:
+        return math.inf
+    return max((_relative(a, e) for a, e in zip(actual, expected, strict=True)), default=0.0)
+
+
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = (t.to("cpu", torch.float64) for t in (actual, expected))
+    distance = torch.where(actual == expected, 0.0, actual - expected).norm().item()
+    if distance == 0:
+        return 0.0
+    size = expected[expected.isfinite()].norm().item()
+    return distance / size if size and math.isfinite(distance) else math.inf
+
+
+def _first_drift(model: nn.Module, layers: Mapping[str, nn.Module], example: Any, own: float) -> tuple[str, str]:
+    """The first layer, in the order in which they run, whose own output is off; the worst where none is by much.
+
+    Layers after it get other inputs, and so tell nothing of themselves.
+    """
+    root = inner(model)
+    plain = _record(root, layers, example)
+    merge(model, untie=True)
+    try:
+        merged = _record(root, layers, example)
+    finally:
+        unmerge(model)
+    errors = [(path, _difference(m, p)) for (path, p), (_, m) in zip(plain, merged, strict=False)]
+    for path, error in errors:
+        if not error <= own:
+            return path, f"this is the first layer whose output does, by {error:.1e}"
+    path, error = max(errors, key=lambda pair: pair[1], default=("", 0.0))
+    return path, f"no layer alone does; this one's output differs most, by {error:.1e}"
+
+
+def _record(root: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> list[tuple[str, list[Tensor]]]:
+    """Each call of a layer, with its outputs."""
+    calls: list[tuple[str, list[Tensor]]] = []
+
+    def recorder(path: str) -> Callable[..., None]:
+        return lambda _layer, _args, output: calls.append((path, [t.detach().cpu() for t in _leaves(output)]))
+
+    with ExitStack() as stack:
+        for path, layer in layers.items():
+            stack.enter_context(layer.register_forward_hook(recorder(path)))
+        _run(root, example)
+    return calls
