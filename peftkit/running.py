@@ -2,8 +2,7 @@
 
 * The fast path (rule R2 in docs/design.md) adds low-rank products to the output, and builds no adapted weight.
 * The generic path opens a *frame* of the layer in this thread, in which its weights read as adapted ones (rule R1),
-  and runs
-  the layer's own forward. A frame remembers what it computed, and forgets it when it closes.
+  and runs the layer's own forward. A frame remembers what it computed, and forgets it when it closes.
 
 While compiling there are no frames, because opening one is a side effect that graph capture refuses: every read adapts.
 """
@@ -48,20 +47,18 @@ frames = _Frames()
 def open_frames(layers: Iterable[nn.Module], running: Iterable[Running | None]) -> Iterator[None]:
     """Let the layers' parameters read as `running` adapts them, in this thread. A nested frame starts empty."""
     opened = frames.open
-    outer = []
-    for layer, each in zip(layers, running, strict=True):
-        outer.append((id(layer), opened.get(id(layer))))
-        opened[id(layer)] = Frame(each)
-    with recipes():
-        try:
+    outer: list[tuple[int, Frame | None]] = []
+    try:
+        for layer, each in zip(layers, running, strict=True):
+            outer.append((id(layer), opened.get(id(layer))))
+            opened[id(layer)] = Frame(each)
+        with recipes():
             yield
-        finally:
-            for key, memo in outer:
-                forget(opened[key].values())
-                if memo is None:
-                    opened.pop(key, None)
-                else:
-                    opened[key] = memo
+    finally:
+        for key, before in outer:
+            forget(opened.pop(key, {}).values())
+            if before is not None:
+                opened[key] = before
 
 
 def set_running(layer: nn.Module, adapters: Iterable[str]) -> None:
