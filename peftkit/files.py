@@ -108,8 +108,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     """Write one adapter to one file, from which `load` restores it onto a fresh copy of the base.
 
     The file holds the adapter's tensors, the method with its fields for every site, the sites' resolved paths, a
-    fingerprint of the
-    base, and a digest of everything. The same adapter gives the same bytes.
+    fingerprint of the base, and a digest of everything. The same adapter gives the same bytes.
 
     >>> import os, tempfile, torch, peftkit
     >>> model = peftkit.wrap(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)), "lora")
@@ -215,8 +214,7 @@ def load(
         methods: classes of your own that no installed package offers, to be found by their names.
 
     Raises `FormatError` for a file that is truncated or altered, `BaseMismatchError` for another base, `MethodError`
-    for a method
-    that is not installed.
+    for a method that is not installed.
 
     >>> import copy, tempfile, torch, peftkit
     >>> base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))

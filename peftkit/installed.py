@@ -196,8 +196,7 @@ def atomically(model: nn.Module, touched: Iterable[nn.Module], change: Callable[
     """Run `change`; whatever it raises, the model and the `touched` modules are first put back as they were.
 
     Classes, attributes, registered parameters and modules, and every parameter's `requires_grad` and `data` are
-    restored.
-    What is written *into* a tensor is not: `change` must give a parameter other data instead.
+    restored. What is written *into* a tensor is not: `change` must give a parameter other data instead.
     """
     root = inner(model)
     parameters = [(p, p.requires_grad, p.data) for p in root.parameters()]

@@ -1,8 +1,7 @@
 """What an adapter file says about itself, and how that is checked. docs/files.md specifies it.
 
 A manifest is plain JSON: the method with its fields for every site, the sites' resolved paths, a few facts about the
-base,
-and a digest of every tensor. It is sealed with a digest of its own.
+base, and a digest of every tensor. It is sealed with a digest of its own.
 """
 
 import ctypes

@@ -24,8 +24,7 @@ def merge(model: nn.Module, name: str | None = None, *, keep_base: bool = True, 
         keep_base: keep the originals, so that `unmerge` restores them exactly. With False they are freed and the merged
             adapters are removed: a plain model is left, ready for `save_pretrained`.
         untie: a merge into one holder of a tied weight would leave the other with the old values. That is refused,
-            unless this
-            is True: then the two are separate weights from now on (and after `unmerge` one again).
+            unless this is True: then the two are separate weights from now on (and after `unmerge` one again).
 
     Raises `StateError` when something is merged already, when `name` is not active or runs after one that is not
     merged;

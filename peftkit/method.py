@@ -33,8 +33,7 @@ class Method(ABC):
 
     scope: ClassVar[Literal["weights", "parameters", "modules"]] = "weights"
     """What a selector stands for: the weights that a layer kind knows as matrices (the common case); every parameter
-    at or
-    below the module, whatever its kind; or the module as a whole, for an `Activation`."""
+    at or below the module, whatever its kind; or the module as a whole, for an `Activation`."""
 
     vectors: ClassVar[bool] = False
     """Whether the method can adapt a vector (a norm's scale, a bias), which it sees as a matrix with one column."""
@@ -60,8 +59,7 @@ class Method(ABC):
         """The adapter for one site, or None to install nothing there.
 
         To train the layer's own weight, call `site.unfreeze()` and return None. It must also run when the site is on
-        the
-        meta device, where tensors have shapes and no values: that is how `plan` counts and how `load` prepares.
+        the meta device, where tensors have shapes and no values: that is how `plan` counts and how `load` prepares.
         """
 
     def param_groups(self, parameters: Sequence[nn.Parameter], lr: float) -> list[dict[str, Any]]:

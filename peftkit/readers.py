@@ -2,8 +2,7 @@
 
 `nn.MultiheadAttention` reads `out_proj.weight`, Mamba reads `dt_proj.weight`: an adapter that lives only in its
 own layer's forward would be dead there, and nobody would be told. What a scan cannot see (`getattr(m, name)`, a
-helper in
-another module) is left to `verify`.
+helper in another module) is left to `verify`.
 """
 
 import dis

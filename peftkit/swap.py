@@ -3,8 +3,7 @@
 The subclass has the same `__name__`, `__qualname__`, `__module__` and forward signature, so that `isinstance`, hooks,
 generation, export and compilers see the layer they know. Two things differ: its `forward` runs the adapters
 (`peftkit.running`), and `layer.weight` reads as the adapted weight while a frame of that layer is open in this
-thread, and
-as the untouched parameter otherwise (rule R1 in docs/design.md).
+thread, and as the untouched parameter otherwise (rule R1 in docs/design.md).
 """
 
 import functools

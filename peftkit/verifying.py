@@ -220,7 +220,7 @@ def _cuda_runs() -> bool:
 
 
 def _seed() -> None:
-    """Every run draws the same numbers. (`torch.manual_seed` would also queue a seed for a device not yet in use.)"""
+    """Let every run draw the same numbers. `torch.manual_seed` would also queue a seed for a device not yet in use."""
     torch.default_generator.manual_seed(0)
     if _cuda_runs():
         torch.cuda.manual_seed_all(0)
@@ -287,7 +287,7 @@ def _site_faults(known: Installed, watch: _Watch) -> tuple[list[Fault], list[str
     for name, placement in _active(known):
         if id(placement.adapter) not in watch.took_part:
             faults.append(Fault(placement.name, "bypassed", name, _why_bypassed(placement, watch)))
-        elif not all(tensor.isfinite().all() for _, tensor in placement.tensors()):
+        elif not all(t.is_meta or t.isfinite().all() for _, t in placement.tensors()):
             faults.append(Fault(placement.name, "not finite", name, "an infinite or NaN value; load it again"))
         elif _moves(name, placement, watch):
             moving.add((name, placement.method))

@@ -14,9 +14,8 @@ class Full(peftkit.Method):
 
     Args:
         keep_base: train a copy and leave the base weight alone, so that the copy can be switched, merged and
-            unwrapped like
-            any adapter (a classifier head for each task). It costs the copy's memory. By default the base's own
-            parameter is trained: no extra memory, but there is no way back to its old values.
+            unwrapped like any adapter (a classifier head for each task). It costs the copy's memory. By default the
+            base's own parameter is trained: no extra memory, but there is no way back to its old values.
 
     >>> import torch, peftkit
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))

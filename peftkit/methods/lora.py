@@ -21,8 +21,7 @@ class LoRA(peftkit.Method):
         alpha: the update is scaled by `alpha / rank`.
         dropout: probability with which an element of the input is dropped on its way into `down`, in training.
         init: how the factors start. The output at the start is the base's for all of them, and the base is never
-            touched:
-            an init whose product is not zero keeps its start and subtracts it.
+            touched: an init whose product is not zero keeps its start and subtracts it.
 
             * `default`: `down` uniform in ±1/sqrt(in), `up` zero; on a layer whose input is an index,
               `down` zero and `up` standard normal, as published.
