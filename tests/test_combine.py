@@ -53,9 +53,31 @@ class AffineRows(Rows):
     affine: ClassVar[bool] = True
 
 
+@dataclasses.dataclass(frozen=True)
+class Mask(peftkit.Method):
+    """Add a learned matrix where a frozen mask lets it."""
+
+    name: ClassVar[str] = "combine-mask"
+    affine: ClassVar[bool] = True
+
+    def adapter(self, site, shared=None):
+        return MaskAdapter(site)
+
+
+class MaskAdapter(peftkit.Adapter):
+    def __init__(self, site):
+        super().__init__(site)
+        self.delta = site.parameter(torch.zeros(site.shape))
+        self.register_buffer("mask", site.tensor(torch.ones(site.shape)))
+
+    def weight(self, w):
+        return w + self.mask * self.delta
+
+
 class RowsAdapter(peftkit.Adapter):
     def __init__(self, site, method):
         super().__init__(site)
+        torch.rand(())  # draws, as initialisations do
         self.scale = site.parameter(torch.full((site.fan_out, 1), method.start))
 
     def weight(self, w):
@@ -109,7 +131,7 @@ def add(model, name, method="lora", *, seed, **options):
     model = peftkit.wrap(model, method, name=name, **options)
     with torch.no_grad():
         for key, tensor in peftkit.state_dict(model, name).items():
-            if "start" not in key:
+            if "start" not in key and "mask" not in key:
                 tensor.add_(torch.randn_like(tensor) * 0.5)
     return model
 
@@ -400,7 +422,9 @@ def test_a_copy_alone_is_the_same_bit_for_bit():
 def test_an_affine_method():
     """A method that declares itself affine is combined by its parameters, with what it does to the bias."""
     model, x = copies(AffineRows()), torch.randn(3, 6).double()
+    state = torch.get_rng_state()
     combine(model, {"a": 0.7, "b": 0.5}, name="mix")
+    assert torch.equal(torch.get_rng_state(), state), "random numbers were drawn"
     zero = output(model, x)
     expected = zero + 0.7 * (output(model, x, "a") - zero) + 0.5 * (output(model, x, "b") - zero)
     assert_close(output(model, x, "mix"), expected)
@@ -496,6 +520,19 @@ def test_other_fields_of_an_affine_method():
     model = add(model, "b", AffineRows(start=2.0), seed=2, targets="0")
     with pytest.raises(UnsupportedLayerError, match=r"'b' at 0\.weight.*'a' has other fields there"):
         combine(model, BOTH, name="mix")
+
+
+def test_frozen_parts_of_an_affine_method():
+    """Parameters of adapters whose frozen parts differ do not mean the same."""
+    model = copies(Mask())
+    with torch.no_grad():
+        model[0].adapters["b"]["weight"].mask.zero_()
+    with pytest.raises(UnsupportedLayerError, match=r"'b' at 0\.weight.*its frozen 'mask' differs"):
+        combine(model, BOTH, name="mix")
+    with torch.no_grad():
+        model[0].adapters["b"]["weight"].mask.fill_(1.0)
+    combine(model, BOTH, name="mix")
+    assert_close(delta(model, "mix"), 0.5 * delta(model, "a") + 0.5 * delta(model, "b"))
 
 
 def test_a_low_rank_method_that_cannot_be_rebuilt(monkeypatch):
