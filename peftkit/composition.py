@@ -163,8 +163,11 @@ def compose(
             m = kind.matrix(layer, name, value)
             keep = _keep(adapter, m) if dropping else ()
             value = kind.restore(layer, name, adapter("weight", m, *keep))
+    value = value.to(raw.dtype)
+    if value.stride() != raw.stride():
+        value = torch.empty_like(raw, requires_grad=False).copy_(value)  # kernels round by the layout
     # A parameter handed through keeps its flag under no_grad, and torch chooses kernels by it: the base has none.
-    return value.to(raw.dtype) if torch.is_grad_enabled() else value.to(raw.dtype).detach()
+    return kind.handed(layer, name, value if torch.is_grad_enabled() else value.detach())
 
 
 def _keep(adapter: Adapter, m: Tensor) -> tuple[Tensor, ...]:

@@ -272,7 +272,8 @@ def _read(path: Path) -> _Read:
             raise FormatError(f"{path} is damaged: {key} is not what was saved")
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise FormatError(f"{path}: {key} holds values that are not finite")
-    return _Read(manifest, tensors)
+    # Out of the file's buffer: kernels round by alignment, and one adapter need not hold on to the whole file.
+    return _Read(manifest, {key: tensor.clone() for key, tensor in tensors.items()})
 
 
 def _resolve(

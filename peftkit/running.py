@@ -17,12 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftkit import checkpoints
 from peftkit.adapter import Activation, Adapter, Base, LowRank
 from peftkit.composition import RUNNING, Routing, Running, adapters_in, base_class, raw_parameter, running_in, state_of
-from peftkit.errors import StateError
 from peftkit.recipe import forget, recipes
-
-SEEN = "_peftkit_seen"
 
 
 class Frame(dict[tuple[str, bool], Any]):
@@ -75,7 +73,7 @@ def _running(layer: nn.Module, sites: dict[str, dict[str, Any]]) -> Running:
     fused = None
     if len(weights) == 1 and state.fast is not None and state.fast.fuses(layer):
         (weight,) = weights
-        if state.kinds[weight] is state.fast and all(_sums(sites[n][weight]) for n in names):
+        if state.kinds[weight] == state.fast and all(_sums(sites[n][weight]) for n in names):
             fused = weight
     return Running(names, around, fused)
 
@@ -95,9 +93,8 @@ def run(
     `known` says that it is the forward of the layer's class; another one is never replaced by a fast path.
     """
     running = running_in(layer)
-    compiling = torch.compiler.is_compiling()
-    if not compiling and torch.is_grad_enabled():
-        _refuse_changed_recompute(layer, running)
+    if not torch.compiler.is_compiling():
+        checkpoints.check(layer, running)
     if isinstance(running, Routing):
 
         def some(running: Running | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -192,14 +189,3 @@ def _run_fused(layer: nn.Module, running: Running, weight: str, x: Any) -> Any:
             delta = delta - kind.low_rank(layer, x, start[0].to(y.dtype), start[1].to(y.dtype), scale, 0.0)
         y = y + delta
     return y
-
-
-def _refuse_changed_recompute(layer: nn.Module, running: Running | Routing | None) -> None:
-    """A checkpointed block is run again inside backward; with other adapters its gradients would be silently wrong."""
-    if torch._C._current_graph_task_id() == -1:
-        layer.__dict__[SEEN] = running
-    elif layer.__dict__.get(SEEN, running) != running:
-        raise StateError(
-            "gradient checkpointing runs this layer again with other adapters than in its forward; "
-            "call backward() before the active adapters change (inside the `with` block of using, disabled or routed)"
-        )

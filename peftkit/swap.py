@@ -28,7 +28,7 @@ from peftkit.composition import (
     state_of,
 )
 from peftkit.errors import StateError
-from peftkit.running import SEEN, frames, run
+from peftkit.running import frames, run
 
 
 def adapted_class(base: type[nn.Module], names: Iterable[str], lists: Iterable[tuple[str, str]]) -> type[nn.Module]:
@@ -60,7 +60,7 @@ def unswap(layer: nn.Module) -> None:
     """Give the layer its own class back, and forget everything that `swap` added."""
     _give_back_instance_forward(layer)
     layer.__class__ = base_class(layer)
-    for name in (LAYER, RUNNING, SEEN):
+    for name in (LAYER, RUNNING):
         layer.__dict__.pop(name, None)
 
 

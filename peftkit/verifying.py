@@ -346,7 +346,9 @@ def _gradients(root: nn.Module, example: Any) -> dict[int, bool | None]:
         root.train()
     _seed()
     with torch.inference_mode(mode=False), torch.enable_grad():
-        loss = sum((_signed_sum(t) for t in _leaves(_call(root, example)) if t.requires_grad), torch.zeros(()))
+        signs = torch.Generator().manual_seed(0)
+        outputs = [t for t in _leaves(_call(root, example)) if t.requires_grad]
+        loss = sum((_signed_sum(t, signs) for t in outputs), torch.zeros(()))
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
     found: dict[int, bool | None] = {}
@@ -357,9 +359,9 @@ def _gradients(root: nn.Module, example: Any) -> dict[int, bool | None]:
     return found
 
 
-def _signed_sum(t: Tensor) -> Tensor:
-    """Elements times fixed random signs: no output can cancel against itself, as a softmax or a norm would."""
-    signs = torch.randint(2, t.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+def _signed_sum(t: Tensor, generator: torch.Generator) -> Tensor:
+    """Elements times fixed random signs: outputs do not cancel against each other, as those of a softmax would."""
+    signs = torch.randint(2, t.shape, generator=generator) * 2 - 1
     return (t.float() * signs.to(t.device)).sum().cpu()
 
 

@@ -632,7 +632,9 @@ class Reference:
         self.method = method
         self.plain = copy.deepcopy(plain).double()
         self.leaves = {
-            name: p.detach().double().clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad
+            name: p.detach().double().clone().requires_grad_()
+            for name, p in model.named_parameters()
+            if p.requires_grad
         }
         for layer in self.plain.modules():
             if hasattr(layer, "sparse"):

@@ -22,7 +22,7 @@ DOCS = REPOSITORY / "docs"
 ORDER = [
     "errors", "globs", "selectors", "roles", "tables", "hookspecs", "layers.kind", "layers.attention", "layers.conv", "layers.embedding",
     "layers.linear", "layers.recurrent",
-    "layers", "adapter", "method", "plugins", "readers", "recipe", "composition", "running", "swap", "installed",
+    "layers", "adapter", "method", "plugins", "readers", "recipe", "composition", "checkpoints", "running", "swap", "installed",
     "resolve", "plan", "install", "lifecycle", "routing", "merging",
     "summary", "manifests", "files", "methods", "methods.frozen", "methods.full", "methods.lora",
 ]  # fmt: skip

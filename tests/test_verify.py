@@ -592,7 +592,7 @@ def stateful(*, training=True):
     if training:
         model.norm.eval()
     model(torch.randn(4, 6)).sum().backward()
-    return model.train(training) if not training else model
+    return model if training else model.eval()
 
 
 def snapshot(model):

@@ -26,13 +26,18 @@ class Embedding(LayerKind):
         return (layer.embedding_dim, layer.num_embeddings)
 
     def matrix(self, layer: nn.Embedding, weight: str, w: Tensor) -> Tensor:
-        """Transpose. A sparse layer's gradient is made dense on the way, for a matrix has no sparse transpose."""
+        """Transpose."""
         return w.mT
 
     def restore(self, layer: nn.Embedding, weight: str, m: Tensor) -> Tensor:
         """Transpose back."""
-        w = m.mT
-        return _DenseGradient.apply(w) if layer.sparse and w.requires_grad else w  # type: ignore[no-untyped-call]
+        return m.mT
+
+    def handed(self, layer: nn.Embedding, weight: str, w: Tensor) -> Tensor:
+        """A sparse layer's gradient is made dense on its way back: transposes and casts know no sparse one."""
+        if not (layer.sparse and w.requires_grad):
+            return w
+        return _DenseGradient.apply(w)  # type: ignore[no-untyped-call, no-any-return]
 
     def fuses(self, layer: nn.Embedding) -> bool:
         """Not with `max_norm` or `scale_grad_by_freq`: these act on whole rows of the adapted weight."""

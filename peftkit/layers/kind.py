@@ -77,6 +77,17 @@ class LayerKind(ABC):
         """
         raise NotImplementedError
 
+    def handed(self, layer: Any, weight: str, w: Tensor) -> Tensor:
+        """The adapted weight as the layer's forward gets it, when all else is done with it."""
+        return w
+
+    def __eq__(self, other: object) -> bool:
+        """Kinds have no state, so one type is one kind, also after a copy."""
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
