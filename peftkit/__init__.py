@@ -22,6 +22,7 @@ from peftkit.methods.full import Full
 from peftkit.methods.lora import LoRA
 
 # isort: split
+from peftkit.combining import combine
 from peftkit.files import load, load_state_dict, save, state_dict
 from peftkit.install import unwrap, wrap
 from peftkit.lifecycle import activate, disabled, param_groups, set_trainable, using
@@ -30,6 +31,7 @@ from peftkit.plan import plan
 from peftkit.plugins import method, methods
 from peftkit.routing import routed
 from peftkit.summary import summary
+from peftkit.verifying import verify
 
 __all__ = [
     "Activation",
@@ -42,6 +44,7 @@ __all__ = [
     "Method",
     "Site",
     "activate",
+    "combine",
     "disabled",
     "errors",
     "hookimpl",
@@ -60,5 +63,6 @@ __all__ = [
     "unmerge",
     "unwrap",
     "using",
+    "verify",
     "wrap",
 ]

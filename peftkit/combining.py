@@ -80,7 +80,7 @@ def combine(
     >>> model = peftkit.combine(model, {"a": 0.7, "b": 0.3}, name="mix")
     >>> peftkit.activate(model, "mix")
     >>> print(peftkit.summary(model).adapters[2].methods)
-    ('lora(rank=5, alpha=5)',)
+    ('lora(rank=5, alpha=5.0)',)
     """
     known = unmerged(model, "combine adapters")
     check_name(model, name)
@@ -223,7 +223,7 @@ class _Part:
     factor: float
 
     @property
-    def method(self) -> Any:
+    def method(self) -> Method:
         return self.placement.method
 
     @property
@@ -311,7 +311,7 @@ def _low_rank(parts: Sequence[_Part], way: _Way, site: Site) -> tuple[Method, di
         down = torch.cat([down for _, down in products], -2)
         if way.how == "svd":
             up, down = _shortened(up, down, _rank(parts, way))
-    made: tuple[Method, dict[str, Tensor]] | None = parts[0].method.from_factors(up, down)
+    made = parts[0].method.from_factors(up, down)
     if made is None:
         raise _no_sum(
             parts[0], f"{type(parts[0].method).__name__}.from_factors does not say how to make one from factors"

@@ -158,16 +158,25 @@ def compose(
     with _no_autocast(raw.device.type):
         for adapter, form in steps:
             if form == "bias":
-                value = adapter("bias", value)
+                value = _call(adapter, dtype, "bias", value)
                 continue
             m = kind.matrix(layer, name, value)
             keep = _keep(adapter, m) if dropping else ()
-            value = kind.restore(layer, name, adapter("weight", m, *keep))
+            value = kind.restore(layer, name, _call(adapter, dtype, "weight", m, *keep))
     value = value.to(raw.dtype)
     if value.stride() != raw.stride():
         value = torch.empty_like(raw, requires_grad=False).copy_(value)  # kernels round by the layout
     # A parameter handed through keeps its flag under no_grad, and torch chooses kernels by it: the base has none.
     return kind.handed(layer, name, value if torch.is_grad_enabled() else value.detach())
+
+
+def _call(adapter: Adapter, dtype: torch.dtype, form: str, *args: Tensor) -> Tensor:
+    """One step, with the adapter's own tensors in `dtype` too: a merge is in float32 whatever they are kept in."""
+    if _dtype(adapter) in (None, dtype):
+        return adapter(form, *args)  # type: ignore[no-any-return]
+    own = (*adapter.named_parameters(), *adapter.named_buffers())
+    cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in own}
+    return torch.func.functional_call(adapter, cast, (form, *args))  # type: ignore[no-any-return]
 
 
 def _keep(adapter: Adapter, m: Tensor) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftkit.adapter import Activation, Adapter, Site
 from peftkit.errors import FieldError, did_you_mean
@@ -38,6 +38,10 @@ class Method(ABC):
     vectors: ClassVar[bool] = False
     """Whether the method can adapt a vector (a norm's scale, a bias), which it sees as a matrix with one column."""
 
+    affine: ClassVar[bool] = False
+    """Whether `weight` and `bias` are affine in the trained parameters, and a new adapter changes nothing: then
+    `combine` can add up what adapters with equal fields have learned, parameter by parameter."""
+
     default_targets: ClassVar[Selector | Sequence[Selector]] = "@linear"
     """What is adapted when the user names no targets."""
 
@@ -65,6 +69,13 @@ class Method(ABC):
     def param_groups(self, parameters: Sequence[nn.Parameter], lr: float) -> list[dict[str, Any]]:
         """Optimizer groups for this method's trainable parameters; by default one, with the learning rate given."""
         return [{"params": list(parameters), "lr": lr}]
+
+    def from_factors(self, up: Tensor, down: Tensor) -> "tuple[Method, dict[str, Tensor]] | None":  # noqa: ARG002
+        """For `combine`: a method otherwise like this one, and the state of its adapter that makes `w + up @ down`.
+
+        None where there is none. `up` is `[..., out, rank]`, `down` is `[..., rank, in]`, of any rank.
+        """
+        return None
 
     def fields(self) -> dict[str, Any]:
         """The hyperparameters as JSON values; `from_fields` gives back an equal method."""

@@ -23,7 +23,7 @@ from peftkit.resolve import modules_of
 from peftkit.tables import count, table
 
 Kind: TypeAlias = Literal[
-    "bypassed", "not finite", "changes nothing", "frozen", "no gradient", "zero gradient", "drifts"
+    "bypassed", "not finite", "changes nothing", "untrained", "no gradient", "zero gradient", "drifts"
 ]
 _LINES = 20
 
@@ -39,7 +39,7 @@ class Fault:
     * `not finite`: a value of the adapter is infinite or NaN.
     * `changes nothing`: the adapted weight is bit for bit the base's, though the adapter has been trained elsewhere or
       does not train.
-    * `frozen`: it does not train, though the rest of its adapter does.
+    * `untrained`: it does not train, though the rest of its adapter does.
     * `no gradient`: it trains, but the output does not depend on it.
     * `zero gradient`: the output does not react to it, nor to any other parameter of its adapter there.
     * `drifts`: merged, the model's output is another than unmerged.
@@ -383,7 +383,7 @@ def _gradient_faults(
             here = [p for p in group if id(p) in gradients]
             if trains:
                 note = "it does not train, though the rest of its adapter does; call peftkit.set_trainable"
-                faults += [Fault(paths[id(p)], "frozen", name, note) for p in group if id(p) not in gradients]
+                faults += [Fault(paths[id(p)], "untrained", name, note) for p in group if id(p) not in gradients]
             if (name, placement.name) not in bypassed:
                 faults += _without_gradient(here, name, paths, gradients, active=name in known.active)
     for p in root.parameters():

@@ -11,29 +11,11 @@ from torch import nn
 
 import peftkit
 from peftkit import combining
-from peftkit.combining import combine
 from peftkit.composition import compose, raw_parameter, steps_for
 from peftkit.errors import FieldError, MethodError, StateError, UnknownAdapterError, UnsupportedLayerError
 from peftkit.resolve import kind_for
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
-
-
-@pytest.fixture(autouse=True)
-def _hooks(monkeypatch):
-    """What `combine` asks of methods, until `Method`, `LoRA` and `Full` say it themselves."""
-    if hasattr(peftkit.Method, "from_factors"):
-        return
-
-    def from_factors(self, up, down):
-        rank = up.shape[-1]
-        alpha = math.sqrt(rank) if self.rank_stabilized else rank
-        return dataclasses.replace(self, rank=rank, alpha=alpha, init="default"), {"up": up, "down": down}
-
-    monkeypatch.setattr(peftkit.Method, "from_factors", lambda self, up, down: None, raising=False)
-    monkeypatch.setattr(peftkit.Method, "affine", False, raising=False)
-    monkeypatch.setattr(peftkit.LoRA, "from_factors", from_factors)
-    monkeypatch.setattr(peftkit.Full, "affine", True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +172,7 @@ def output(model, x, *names):
 def test_linear(layer, how, dtype):
     """The sum of the updates is exact, for different ranks and scales, with no product of one's `up` with another's `down`."""
     model, weight = tuned(layer, dtype), LAYERS[layer][1]
-    combine(model, {"a": 0.7, "b": -1.5}, name="mix", how=how)
+    peftkit.combine(model, {"a": 0.7, "b": -1.5}, name="mix", how=how)
     expected = 0.7 * delta(model, "a", weight) - 1.5 * delta(model, "b", weight)
     assert_close(delta(model, "mix", weight), expected, dtype)
     assert expected.abs().max() > 0.1
@@ -201,14 +183,14 @@ def test_linear(layer, how, dtype):
 def test_svd(layer, rank):
     """`svd` is the best approximation of the exact sum; by default of the largest rank among the old adapters."""
     model, weight = tuned(layer), LAYERS[layer][1]
-    combine(model, {"a": 0.7, "b": -1.5}, name="mix", how="svd", rank=rank)
+    peftkit.combine(model, {"a": 0.7, "b": -1.5}, name="mix", how="svd", rank=rank)
     total = 0.7 * delta(model, "a", weight) - 1.5 * delta(model, "b", weight)
     assert_close(matrix(layer, delta(model, "mix", weight)), best(matrix(layer, total), 3 if rank is None else rank))
 
 
 def test_a_rank_larger_than_the_matrix():
     """A site gets no larger rank than it can have, and the sum is then exact."""
-    model = combine(tuned("linear"), {"a": 1.0, "b": 1.0}, name="mix", how="svd", rank=100)
+    model = peftkit.combine(tuned("linear"), {"a": 1.0, "b": 1.0}, name="mix", how="svd", rank=100)
     assert model[0].adapters["mix"]["weight"].up.shape == (5, 5)
     assert_close(delta(model, "mix"), delta(model, "a") + delta(model, "b"))
 
@@ -217,7 +199,7 @@ def test_a_rank_larger_than_the_matrix():
 def test_a_start_is_subtracted(init):
     """What an adapter subtracts as its start is no part of what it has learned."""
     model = tuned("linear", init=init)
-    combine(model, {"a": 0.7, "b": 0.5}, name="mix")
+    peftkit.combine(model, {"a": 0.7, "b": 0.5}, name="mix")
     assert_close(delta(model, "mix"), 0.7 * delta(model, "a") + 0.5 * delta(model, "b"))
 
 
@@ -228,7 +210,7 @@ def test_the_new_method(stabilized):
         make_layer("linear"), "a", peftkit.LoRA(rank=2, rank_stabilized=stabilized, dropout=0.25), seed=1, targets="0"
     )
     model = add(model, "b", peftkit.LoRA(rank=3), seed=2, targets="0")
-    combine(model, {"a": 0.5, "b": 0.5}, name="mix")
+    peftkit.combine(model, {"a": 0.5, "b": 0.5}, name="mix")
     (placement,) = peftkit.installed.installed(model).adapters["mix"]
     assert (placement.method.rank, placement.method.scale, placement.method.dropout) == (5, 1.0, 0.25)
     assert placement.method.rank_stabilized == stabilized
@@ -241,7 +223,7 @@ def test_output(layer):
     model, (_, weight, make_x) = tuned(layer), LAYERS[layer]
     x = make_x()
     x = x.double() if x.is_floating_point() else x
-    combine(model, {"a": 0.7, "b": 0.5}, name="mix")
+    peftkit.combine(model, {"a": 0.7, "b": 0.5}, name="mix")
     expected = make_layer(layer)
     with torch.no_grad():
         getattr(expected[0], weight).add_(0.7 * delta(model, "a", weight) + 0.5 * delta(model, "b", weight))
@@ -251,7 +233,7 @@ def test_output(layer):
 def test_the_combination_saves_merges_and_trains(tmp_path):
     """It is an adapter like any other: it saves, loads onto the base, merges, unwraps, and trains when told to."""
     model, x = tuned("linear"), torch.randn(3, 6).double()
-    combine(model, {"a": 0.7, "b": 0.5}, name="mix")
+    peftkit.combine(model, {"a": 0.7, "b": 0.5}, name="mix")
     expected = output(model, x, "mix")
     peftkit.save(model, tmp_path / "mix.safetensors", "mix")
     loaded = peftkit.load(make_layer("linear"), tmp_path / "mix.safetensors")
@@ -269,7 +251,7 @@ def test_states():
     """The new adapter neither runs nor trains, and the old ones do as before."""
     model, x = tuned("linear"), torch.randn(3, 6).double()
     before, flags = model(x), [(n, p.requires_grad) for n, p in model.named_parameters()]
-    assert combine(model, {"a": 0.7, "b": 0.5}, name="mix") is model
+    assert peftkit.combine(model, {"a": 0.7, "b": 0.5}, name="mix") is model
     assert torch.equal(model(x), before)
     mix = peftkit.summary(model).adapters[2]
     assert (mix.name, mix.active, mix.trainable, mix.merged) == ("mix", False, 0, False)
@@ -279,7 +261,7 @@ def test_states():
 def test_the_old_adapters_are_not_shared():
     """Training the new adapter does not move the old ones, not even with a single one of factor 1."""
     model = tuned("linear")
-    combine(model, {"a": 1.0}, name="copy")
+    peftkit.combine(model, {"a": 1.0}, name="copy")
     assert_close(delta(model, "copy"), delta(model, "a"))
     with torch.no_grad():
         before = delta(model, "a")
@@ -294,7 +276,7 @@ def test_sites_are_united():
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)).double()
     model = add(model, "a", rank=2, targets=["0", "1"], seed=1)
     model = add(model, "b", rank=3, targets=["1", "2"], seed=2)
-    combine(model, {"a": 0.7, "b": 0.5}, name="mix")
+    peftkit.combine(model, {"a": 0.7, "b": 0.5}, name="mix")
     assert_close(delta(model, "mix", path="0"), 0.7 * delta(model, "a", path="0"))
     assert_close(delta(model, "mix", path="1"), 0.7 * delta(model, "a", path="1") + 0.5 * delta(model, "b", path="1"))
     assert_close(delta(model, "mix", path="2"), 0.5 * delta(model, "b", path="2"))
@@ -302,7 +284,7 @@ def test_sites_are_united():
 
 def test_half_precision():
     """On a bfloat16 layer the new adapter's parameters are float32, as every new adapter's are."""
-    model = combine(tuned("linear", torch.bfloat16), {"a": 0.7, "b": 0.5}, name="mix")
+    model = peftkit.combine(tuned("linear", torch.bfloat16), {"a": 0.7, "b": 0.5}, name="mix")
     assert {p.dtype for p in model[0].adapters["mix"].parameters()} == {torch.float32}
 
 
@@ -368,7 +350,7 @@ def test_sparse_on_low_rank(layer, how, rank):
     """They act on whole updates, not on factors; the result is the best approximation of the rank asked for."""
     model, weight = tuned(layer), LAYERS[layer][1]
     tensors = [matrix(layer, delta(model, name, weight)) for name in ("a", "b")]
-    combine(model, {"a": 0.7, "b": 0.5}, name="mix", how=how, rank=rank, density=0.4)
+    peftkit.combine(model, {"a": 0.7, "b": 0.5}, name="mix", how=how, rank=rank, density=0.4)
     expected = best(mixed(how, tensors, [0.7, 0.5], 0.4), rank or 3)
     assert_close(matrix(layer, delta(model, "mix", weight)), expected)
 
@@ -379,7 +361,7 @@ def test_one_seed_gives_one_adapter():
     def made(seed):
         model = tuned("linear")
         state = torch.get_rng_state()
-        combine(model, {"a": 0.7, "b": 0.5}, name="mix", how="dare", density=0.5, seed=seed)
+        peftkit.combine(model, {"a": 0.7, "b": 0.5}, name="mix", how="dare", density=0.5, seed=seed)
         assert torch.equal(torch.get_rng_state(), state)
         return delta(model, "mix")
 
@@ -401,7 +383,7 @@ def copies(method=None):
 def test_copies(how):
     """Copies are combined as what they differ from the base by, weight and bias alike."""
     model = copies()
-    combine(model, {"a": 0.7, "b": 0.5}, name="mix", how=how, density=0.5)
+    peftkit.combine(model, {"a": 0.7, "b": 0.5}, name="mix", how=how, density=0.5)
     generator = torch.Generator().manual_seed(0)
     way = combining._Way(how, None, 0.5, "total", generator)
     for weight in ("weight", "bias"):
@@ -415,7 +397,7 @@ def test_a_copy_alone_is_the_same_bit_for_bit():
     """A factor of 1 gives an adapter's own values back."""
     torch.manual_seed(0)
     model = add(nn.Sequential(nn.Linear(64, 64)), "a", peftkit.Full(keep_base=True), seed=1, targets="0")
-    combine(model, {"a": 1.0}, name="copy")
+    peftkit.combine(model, {"a": 1.0}, name="copy")
     assert torch.equal(model[0].adapters["copy"]["weight"].value, model[0].adapters["a"]["weight"].value)
 
 
@@ -423,7 +405,7 @@ def test_an_affine_method():
     """A method that declares itself affine is combined by its parameters, with what it does to the bias."""
     model, x = copies(AffineRows()), torch.randn(3, 6).double()
     state = torch.get_rng_state()
-    combine(model, {"a": 0.7, "b": 0.5}, name="mix")
+    peftkit.combine(model, {"a": 0.7, "b": 0.5}, name="mix")
     assert torch.equal(torch.get_rng_state(), state), "random numbers were drawn"
     zero = output(model, x)
     expected = zero + 0.7 * (output(model, x, "a") - zero) + 0.5 * (output(model, x, "b") - zero)
@@ -436,7 +418,7 @@ def test_methods_may_differ_between_sites():
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)).double()
     rules = {"0": peftkit.LoRA(rank=2), "1": peftkit.Full(keep_base=True)}
     model = add(add(model, "a", rules, seed=1), "b", rules, seed=2)
-    combine(model, {"a": 0.7, "b": 0.5}, name="mix", how="svd", rank=1)
+    peftkit.combine(model, {"a": 0.7, "b": 0.5}, name="mix", how="svd", rank=1)
     assert_close(delta(model, "mix", path="1"), 0.7 * delta(model, "a", path="1") + 0.5 * delta(model, "b", path="1"))
     assert_close(delta(model, "mix"), best(0.7 * delta(model, "a") + 0.5 * delta(model, "b"), 1))
 
@@ -508,7 +490,7 @@ def test_refusals(case):
     keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
     known = peftkit.installed.record(model)
     with pytest.raises(error, match=message):
-        combine(model, weights, **{"name": "mix", **options})
+        peftkit.combine(model, weights, **{"name": "mix", **options})
     assert list(model.state_dict()) == keys
     assert [type(m) for m in model.modules()] == classes
     assert peftkit.installed.record(model) is known
@@ -519,7 +501,7 @@ def test_other_fields_of_an_affine_method():
     model = add(make_layer("linear"), "a", AffineRows(), seed=1, targets="0")
     model = add(model, "b", AffineRows(start=2.0), seed=2, targets="0")
     with pytest.raises(UnsupportedLayerError, match=r"'b' at 0\.weight.*'a' has other fields there"):
-        combine(model, BOTH, name="mix")
+        peftkit.combine(model, BOTH, name="mix")
 
 
 def test_frozen_parts_of_an_affine_method():
@@ -528,10 +510,10 @@ def test_frozen_parts_of_an_affine_method():
     with torch.no_grad():
         model[0].adapters["b"]["weight"].mask.zero_()
     with pytest.raises(UnsupportedLayerError, match=r"'b' at 0\.weight.*its frozen 'mask' differs"):
-        combine(model, BOTH, name="mix")
+        peftkit.combine(model, BOTH, name="mix")
     with torch.no_grad():
         model[0].adapters["b"]["weight"].mask.fill_(1.0)
-    combine(model, BOTH, name="mix")
+    peftkit.combine(model, BOTH, name="mix")
     assert_close(delta(model, "mix"), 0.5 * delta(model, "a") + 0.5 * delta(model, "b"))
 
 
@@ -539,7 +521,7 @@ def test_a_low_rank_method_that_cannot_be_rebuilt(monkeypatch):
     """A method that does not say how it is made from factors is named."""
     monkeypatch.setattr(peftkit.LoRA, "from_factors", lambda self, up, down: None)
     with pytest.raises(UnsupportedLayerError, match=r"LoRA\.from_factors does not say how"):
-        combine(tuned("linear"), BOTH, name="mix")
+        peftkit.combine(tuned("linear"), BOTH, name="mix")
 
 
 def test_a_state_that_does_not_fit(monkeypatch):
@@ -547,7 +529,7 @@ def test_a_state_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(peftkit.LoRA, "from_factors", lambda self, up, down: (self, {"up": up, "down": down}))
     model = tuned("linear")
     with pytest.raises(MethodError, match=r"lora.*the state for 0\.weight does not fit"):
-        combine(model, BOTH, name="mix")
+        peftkit.combine(model, BOTH, name="mix")
     assert list(peftkit.installed.installed(model).adapters) == ["a", "b"]
 
 
@@ -559,5 +541,5 @@ def test_the_second_site_fails(monkeypatch):
     model = add(model, "b", {"0": peftkit.LoRA(rank=2), "1": Rows()}, seed=2)
     before = list(model.state_dict())
     with pytest.raises(UnsupportedLayerError, match=r"different methods at 1\.weight"):
-        combine(model, BOTH, name="mix")
+        peftkit.combine(model, BOTH, name="mix")
     assert list(model.state_dict()) == before

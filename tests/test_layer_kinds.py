@@ -608,7 +608,7 @@ def perturb(model):
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
-                p += 0.3 * torch.randn(p.shape, dtype=torch.float64)
+                p.add_(0.3 * torch.randn(p.shape, dtype=torch.float64))
 
 
 def outputs(call, model, inputs):

@@ -23,8 +23,8 @@ ORDER = [
     "errors", "globs", "selectors", "roles", "tables", "hookspecs", "layers.kind", "layers.attention", "layers.conv", "layers.embedding",
     "layers.linear", "layers.recurrent",
     "layers", "adapter", "method", "plugins", "readers", "recipe", "composition", "checkpoints", "running", "swap", "installed",
-    "resolve", "plan", "install", "lifecycle", "routing", "merging",
-    "summary", "manifests", "files", "methods", "methods.frozen", "methods.full", "methods.lora",
+    "resolve", "plan", "install", "combining", "lifecycle", "routing", "merging",
+    "verifying", "summary", "manifests", "files", "methods", "methods.frozen", "methods.full", "methods.lora",
 ]  # fmt: skip
 
 PUBLIC = [getattr(peftkit, name) for name in peftkit.__all__ if hasattr(getattr(peftkit, name), "__qualname__")]

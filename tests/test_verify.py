@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 import peftkit
 from peftkit import merging, verifying
 from peftkit.errors import StateError
-from peftkit.verifying import verify
 
 
 class Helper(nn.Module):
@@ -191,7 +190,7 @@ def test_transformers_are_ok(name, dtype, started):
     model = peftkit.wrap(model.to(dtype), "lora", rank=2)
     if started:
         trained(model)
-    report = verify(model, example)
+    report = peftkit.verify(model, example)
     assert report.ok, str(report)
     assert report.sites == peftkit.summary(model).adapters[0].layers
     assert report.parameters == 2 * report.sites
@@ -225,7 +224,7 @@ def test_layers_are_ok(layer, method):
     if layer == "reader" and method in ("copy", "full"):
         model = peftkit.unwrap(model)  # its child's bias is read by nobody
         model = peftkit.wrap(model, METHODS[method], targets="**.weight")
-    report = verify(model, x)
+    report = peftkit.verify(model, x)
     assert report.ok, str(report)
 
 
@@ -234,7 +233,7 @@ def test_tied_weights_are_ok(x):
     model = mlp()
     model[2].weight = model[0].weight
     model = trained(peftkit.wrap(model, "lora", targets="0"))
-    report = verify(model, x)
+    report = peftkit.verify(model, x)
     assert report.ok
     assert report.notes == ()
     assert model[2].weight is model[0].weight
@@ -243,7 +242,7 @@ def test_tied_weights_are_ok(x):
 @pytest.mark.parametrize("example", [(torch.ones(3, 6),), torch.ones(3, 6), {"x": torch.ones(3, 6)}, UserDict(x=torch.ones(3, 6), y=torch.ones(3, 6))], ids=["tuple", "tensor", "dict", "mapping"])  # fmt: skip
 def test_examples_and_outputs(example):
     """An example is a tuple, a mapping or the one argument; every floating point tensor of a nested output counts."""
-    assert verify(peftkit.wrap(seeded(Parts), "lora", targets="{a,b,c,d}"), example).ok
+    assert peftkit.verify(peftkit.wrap(seeded(Parts), "lora", targets="{a,b,c,d}"), example).ok
 
 
 # ----------------------------------------------------------------------------------- (c) who takes no part
@@ -251,7 +250,7 @@ def test_examples_and_outputs(example):
 
 def test_a_weight_read_by_name_at_run_time(x):
     """An adapter whose layer never runs, because somebody reads its weight unseen, is bypassed."""
-    report = verify(peftkit.wrap(seeded(Helper), "lora", targets="**"), x)
+    report = peftkit.verify(peftkit.wrap(seeded(Helper), "lora", targets="**"), x)
     assert faults(report) == [("fc.weight", "bypassed")]
     assert "did not run" in report.faults[0].note
     assert "getattr" in report.faults[0].note
@@ -260,7 +259,7 @@ def test_a_weight_read_by_name_at_run_time(x):
 def test_a_layer_that_ignores_its_weight(x):
     """An adapter whose layer runs without reading its weight is bypassed, and that is said differently."""
     model = nn.Sequential(nn.Linear(6, 6), Deaf(6, 6))
-    report = verify(peftkit.wrap(model, "lora", targets=["0", "1"]), x)
+    report = peftkit.verify(peftkit.wrap(model, "lora", targets=["0", "1"]), x)
     assert faults(report) == [("1.weight", "bypassed")]
     assert "ran without reading" in report.faults[0].note
 
@@ -280,20 +279,20 @@ def test_a_bias_alone_is_not_enough(x):
         def adapter(self, site, shared=None):
             return ScaleBoth(site, self)
 
-    report = verify(peftkit.wrap(nn.Sequential(BiasOnly(6, 6)), Both(), targets="0"), x)
+    report = peftkit.verify(peftkit.wrap(nn.Sequential(BiasOnly(6, 6)), Both(), targets="0"), x)
     assert faults(report) == [("0.weight", "bypassed")]
 
 
 def test_the_shared_embedding_of_t5():
     """T5's `shared` never runs: its encoder and decoder have embeddings of their own, tied to it."""
     model, example = transformer("t5")
-    report = verify(peftkit.wrap(model, "lora", targets=["shared", "**.q"]), example)
+    report = peftkit.verify(peftkit.wrap(model, "lora", targets=["shared", "**.q"]), example)
     assert faults(report) == [("shared.weight", "bypassed")]
 
 
 def test_an_activation_that_does_not_run(x):
     """An adapter around a module that does not run is bypassed as well."""
-    report = verify(peftkit.wrap(seeded(Helper), Shift(), targets=["first", "fc"]), x)
+    report = peftkit.verify(peftkit.wrap(seeded(Helper), Shift(), targets=["first", "fc"]), x)
     assert faults(report) == [("fc.module", "bypassed")]
 
 
@@ -305,7 +304,7 @@ def test_a_zeroed_adapter(x):
     model = trained(peftkit.wrap(mlp(), "lora"))
     with torch.no_grad():
         model[2].adapters["default"]["weight"].up.zero_()
-    report = verify(model, x)
+    report = peftkit.verify(model, x)
     assert faults(report) == [("2.weight", "changes nothing")]
     assert "other sites of this adapter do" in report.faults[0].note
 
@@ -316,7 +315,7 @@ def test_a_zeroed_adapter_that_cannot_learn(x):
     with torch.no_grad():
         for p in model[2].adapters.parameters():
             p.zero_()
-    assert faults(verify(model, x)) == [
+    assert faults(peftkit.verify(model, x)) == [
         ("2.weight", "changes nothing"),
         ("2.adapters.default.weight.down", "zero gradient"),
         ("2.adapters.default.weight.up", "zero gradient"),
@@ -326,11 +325,11 @@ def test_a_zeroed_adapter_that_cannot_learn(x):
 def test_an_adapter_that_never_will(x):
     """One that changes nothing anywhere is noted while it trains, and a fault when it does not."""
     model = peftkit.wrap(mlp(depth=1), "lora")
-    report = verify(model, x)
+    report = peftkit.verify(model, x)
     assert report.ok
     assert "changes nothing yet at its one site" in report.notes[0]
     peftkit.set_trainable(model)
-    report = verify(model, x)
+    report = peftkit.verify(model, x)
     assert faults(report) == [("0.weight", "changes nothing")]
     assert "does not train either" in report.faults[0].note
 
@@ -342,7 +341,7 @@ def test_methods_are_compared_with_themselves(x):
     with torch.no_grad():
         for key, tensor in peftkit.state_dict(model).items():
             tensor.add_(1.0 if key.startswith("0.") else 0.0)
-    report = verify(model, x)
+    report = peftkit.verify(model, x)
     assert report.ok, str(report)
     assert "lora(rank=2)" in report.notes[0]
     assert len(report.notes) == 1
@@ -354,7 +353,7 @@ def test_a_change_that_rounding_hides(x):
     with torch.no_grad():
         for module in (model[0], model[2], model[4]):
             module.adapters["default"]["weight"].up.mul_(1e-6)
-    report = verify(model, x.bfloat16())
+    report = peftkit.verify(model, x.bfloat16())
     assert report.ok
     assert report.notes == ()
 
@@ -362,12 +361,12 @@ def test_a_change_that_rounding_hides(x):
 def test_an_activation_that_changes_nothing(x):
     """What an activation gives is compared with what it surrounds."""
     model = peftkit.wrap(mlp(), Shift(), targets=["0", "2"])
-    report = verify(model, x)
+    report = peftkit.verify(model, x)
     assert report.ok
     assert [note.partition(" ")[0] for note in report.notes] == ["adapter", "not"]
     with torch.no_grad():
         model[0].adapters["default"]["module"].shift.add_(1.0)
-    assert faults(verify(model, x)) == [("2.module", "changes nothing")]
+    assert faults(peftkit.verify(model, x)) == [("2.module", "changes nothing")]
 
 
 def test_values_that_are_not_finite(x):
@@ -375,7 +374,7 @@ def test_values_that_are_not_finite(x):
     model = trained(peftkit.wrap(mlp(), "lora"))
     with torch.no_grad():
         model[2].adapters["default"]["weight"].up[0, 0] = torch.nan
-    report = verify(model, x)
+    report = peftkit.verify(model, x)
     assert ("2.weight", "not finite") in faults(report)
     assert "not merged: the merged 2.weight is not finite" in report.notes[0]
 
@@ -387,8 +386,8 @@ def test_a_parameter_frozen_by_hand(x):
     """A parameter that does not train, though the rest of its adapter does, is named by its path."""
     model = peftkit.wrap(mlp(), "lora")
     model[2].adapters["default"]["weight"].up.requires_grad_(False)
-    found = faults(verify(model, x))
-    assert found[0] == ("2.adapters.default.weight.up", "frozen")
+    found = faults(peftkit.verify(model, x))
+    assert found[0] == ("2.adapters.default.weight.up", "untrained")
 
 
 def test_outputs_that_cancel(x):
@@ -399,41 +398,41 @@ def test_outputs_that_cancel(x):
             y = super().forward(x)
             return y, -y
 
-    assert verify(peftkit.wrap(seeded(Cancelling, 6, 6), "lora", targets="@linear"), x).ok
+    assert peftkit.verify(peftkit.wrap(seeded(Cancelling, 6, 6), "lora", targets="@linear"), x).ok
 
 
 def test_an_adapter_for_inference(x):
     """An adapter that trains nowhere has no frozen parameters to complain of."""
     model = trained(peftkit.wrap(mlp(), "lora"))
     peftkit.set_trainable(model)
-    report = verify(model, x)
+    report = peftkit.verify(model, x)
     assert report.ok
     assert report.parameters == 0
 
 
 def test_a_cut_graph(x):
     """Parameters before a detach have no gradient; those behind it do."""
-    report = verify(peftkit.wrap(seeded(Detached), "lora", targets="*"), x)
+    report = peftkit.verify(peftkit.wrap(seeded(Detached), "lora", targets="*"), x)
     assert faults(report) == [(f"first.adapters.default.weight.{p}", "no gradient") for p in ("down", "up")]
 
 
 def test_a_factor_of_zero(x):
     """Where the output does not react to any parameter of an adapter at a site, its gradients are zero."""
-    report = verify(peftkit.wrap(seeded(Detached, 0.0), "lora", targets="*"), x)
+    report = peftkit.verify(peftkit.wrap(seeded(Detached, 0.0), "lora", targets="*"), x)
     assert faults(report) == [(f"first.adapters.default.weight.{p}", "zero gradient") for p in ("down", "up")]
 
 
 def test_reentrant_checkpointing(x):
     """Reentrant checkpointing over a frozen base trains nothing, and only in training mode."""
     with pytest.warns(UserWarning, match="None of the inputs have requires_grad"):
-        report = verify(peftkit.wrap(seeded(Checkpointed, nn.Linear(6, 6), nn.Tanh()), "lora", targets="0"), x)
+        report = peftkit.verify(peftkit.wrap(seeded(Checkpointed, nn.Linear(6, 6), nn.Tanh()), "lora", targets="0"), x)
     assert [f.kind for f in report.faults] == ["no gradient", "no gradient"]
     assert "reentrant" in report.faults[0].note
 
 
 def test_an_unused_parameter(x):
     """A parameter that its adapter never uses is named."""
-    report = verify(peftkit.wrap(mlp(depth=1), Scale(start=2.0), targets="0"), x)
+    report = peftkit.verify(peftkit.wrap(mlp(depth=1), Scale(start=2.0), targets="0"), x)
     assert faults(report) == [("0.adapters.default.weight.unused", "no gradient")]
 
 
@@ -441,7 +440,7 @@ def test_an_adapter_that_trains_but_does_not_run(x):
     """It gets no gradient, and is told from one that is cut off."""
     model = peftkit.wrap(peftkit.wrap(mlp(depth=1), "lora", name="a"), "lora", name="b")
     peftkit.activate(model, "a")
-    report = verify(model, x)
+    report = peftkit.verify(model, x)
     assert [(f.adapter, f.kind) for f in report.faults] == [("b", "no gradient")] * 2
     assert "peftkit.activate(model, 'b')" in report.faults[0].note
 
@@ -452,7 +451,7 @@ def test_parameters_of_the_base(x):
     model = peftkit.wrap(model, {"first.weight": "full", "second": "lora"})
     model.first.bias.requires_grad_(True)
     model.second.bias.requires_grad_(True)
-    report = verify(model, x)
+    report = peftkit.verify(model, x)
     found = [(f.path, f.kind, f.adapter) for f in report.faults]
     assert found == [("first.weight", "no gradient", "default"), ("first.bias", "no gradient", "")]
     assert report.parameters == 5
@@ -472,9 +471,9 @@ def test_a_merge_that_drifts(monkeypatch, layer, dtype, x):
         value = right(module, name, raw, steps, **options)
         return value * (2.0 if options["dropping"] is False and module is bad and "at_least" in options else 1.0)
 
-    assert verify(model, x.to(dtype)).ok
+    assert peftkit.verify(model, x.to(dtype)).ok
     monkeypatch.setattr(merging, "compose", drifting)
-    report = verify(model, x.to(dtype))
+    report = peftkit.verify(model, x.to(dtype))
     assert faults(report) == [(layer, "drifts")]
     assert report.error > report.bound
     assert "the first layer whose output does" in report.faults[0].note
@@ -489,7 +488,7 @@ def test_a_wrong_fast_path(monkeypatch, x):
         "low_rank",
         lambda self, layer, x, up, down, scale, dropout: right(self, layer, x, up, down, 1.01 * scale, dropout),
     )
-    assert faults(verify(trained(peftkit.wrap(mlp(), "lora")), x)) == [("0", "drifts")]
+    assert faults(peftkit.verify(trained(peftkit.wrap(mlp(), "lora")), x)) == [("0", "drifts")]
 
 
 def test_outside_the_adapted_layers(x):
@@ -506,7 +505,7 @@ def test_outside_the_adapted_layers(x):
         def _parameters_sum(self):
             return self.fc._parameters["weight"].sum()
 
-    report = verify(trained(peftkit.wrap(seeded(Cached), "lora", targets="fc")), x)
+    report = peftkit.verify(trained(peftkit.wrap(seeded(Cached), "lora", targets="fc")), x)
     assert faults(report) == [("fc", "drifts")]
     assert "no layer alone" in report.faults[0].note
 
@@ -514,16 +513,16 @@ def test_outside_the_adapted_layers(x):
 def test_rtol(x):
     """A bound of one's own takes the place of the default."""
     model = trained(peftkit.wrap(mlp(), "lora"))
-    report = verify(model, x, rtol=1e-12)
+    report = peftkit.verify(model, x, rtol=1e-12)
     assert [f.kind for f in report.faults] == ["drifts"]
     assert report.bound == 1e-12
-    assert verify(model, x, rtol=1e-3).ok
+    assert peftkit.verify(model, x, rtol=1e-3).ok
 
 
 def test_bounds(x):
     """The default bound follows the coarsest dtype in use, and the root of the number of adapted layers."""
     bounds = {
-        dtype: verify(peftkit.wrap(mlp(depth=4, dtype=dtype), "lora"), x.to(dtype)).bound
+        dtype: peftkit.verify(peftkit.wrap(mlp(depth=4, dtype=dtype), "lora"), x.to(dtype)).bound
         for dtype in (torch.bfloat16, torch.float32, torch.float64)
     }
     assert bounds == {
@@ -532,7 +531,7 @@ def test_bounds(x):
         torch.float64: 100 * 2**-52 * 2,
     }
     with torch.autocast("cpu", torch.bfloat16):
-        assert verify(peftkit.wrap(mlp(depth=4), "lora"), x).bound == 3 * 2**-7 * 2
+        assert peftkit.verify(peftkit.wrap(mlp(depth=4), "lora"), x).bound == 3 * 2**-7 * 2
 
 
 def test_nothing_to_merge(x):
@@ -540,7 +539,7 @@ def test_nothing_to_merge(x):
     model = peftkit.wrap(mlp(), "lora")
     peftkit.activate(model)
     peftkit.set_trainable(model)
-    report = verify(model, x)
+    report = peftkit.verify(model, x)
     assert (report.ok, report.sites, report.error) == (True, 0, None)
     assert "not merged: no adapter runs now" in report.notes[0]
 
@@ -628,10 +627,10 @@ def test_nothing_is_left_behind(fail_at, training):
     before, example = snapshot(model), x.clone()
     model.fail_at = None if fail_at is None else model.runs + fail_at
     if fail_at is None:
-        assert verify(model, x).ok
+        assert peftkit.verify(model, x).ok
     else:
         with pytest.raises(ZeroDivisionError):
-            verify(model, x)
+            peftkit.verify(model, x)
     assert_same(before, snapshot(model))
     assert torch.equal(x, example)
 
@@ -643,7 +642,7 @@ def test_nothing_is_left_behind_by_a_search(monkeypatch, fail_at):
     before = snapshot(model)
     model.fail_at = model.runs + fail_at
     with pytest.raises(ZeroDivisionError):
-        verify(model, x, rtol=0.0)
+        peftkit.verify(model, x, rtol=0.0)
     assert_same(before, snapshot(model))
 
 
@@ -654,7 +653,7 @@ def test_an_optimizer_inside_backward_does_not_step(x):
     for p in model.parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(fired.append)
-    assert verify(model, x).ok
+    assert peftkit.verify(model, x).ok
     assert fired == []
     model(x).sum().backward()
     assert len(fired) == 6
@@ -664,7 +663,7 @@ def test_the_callers_graph(x):
     """An example that hangs on the caller's graph does not use that graph up, nor add to its gradients."""
     w = torch.ones(6, requires_grad=True)
     example = x * w
-    assert verify(peftkit.wrap(mlp(), "lora"), example).ok
+    assert peftkit.verify(peftkit.wrap(mlp(), "lora"), example).ok
     assert w.grad is None
     example.sum().backward()
 
@@ -674,7 +673,7 @@ def test_where_gradients_are_off(mode, x):
     """It finds gradients where they are switched off outside."""
     model = peftkit.wrap(mlp(), "lora")
     with mode():
-        assert verify(model, x).ok
+        assert peftkit.verify(model, x).ok
 
 
 # ------------------------------------------------------------------------------------------------- the report
@@ -683,21 +682,21 @@ def test_where_gradients_are_off(mode, x):
 def test_the_report(x):
     """It prints as a table that says what was looked at, and raises on demand."""
     model = peftkit.wrap(seeded(Helper), "lora", targets="**")
-    report = verify(model, x)
+    report = peftkit.verify(model, x)
     lines = str(report).splitlines()
     assert lines[0] == "1 fault: 2 adapted weights, 4 trainable parameters"
     assert lines[1].startswith("merged against unmerged: 0.0e+00 (bound 1.7e-05)")
     assert any(line.startswith("fc.weight  default  bypassed") for line in lines)
     with pytest.raises(StateError, match=r"verify found 1 fault:\n1 fault"):
         report.raise_if_bad()
-    assert verify(peftkit.wrap(mlp(), "lora"), x).raise_if_bad() is None
+    assert peftkit.verify(peftkit.wrap(mlp(), "lora"), x).raise_if_bad() is None
 
 
 def test_a_long_report(x):
     """A table of hundreds of faults is cut short; the list is not."""
     model = peftkit.wrap(mlp(depth=12), "lora", name="a")
     peftkit.activate(model)
-    report = verify(model, x)
+    report = peftkit.verify(model, x)
     assert len(report.faults) == 24
     assert str(report).splitlines()[-1] == "… and 4 more, in .faults"
 
@@ -705,6 +704,6 @@ def test_a_long_report(x):
 def test_refusals(x):
     """A model that is not wrapped, or is merged, is refused."""
     with pytest.raises(StateError, match="not wrapped"):
-        verify(mlp(), x)
+        peftkit.verify(mlp(), x)
     with pytest.raises(StateError, match="cannot verify it while 'default' is merged"):
-        verify(peftkit.merge(peftkit.wrap(mlp(), "lora")), x)
+        peftkit.verify(peftkit.merge(peftkit.wrap(mlp(), "lora")), x)

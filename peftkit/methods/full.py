@@ -26,6 +26,7 @@ class Full(peftkit.Method):
 
     name: ClassVar[str] = "full"
     scope: ClassVar = "parameters"
+    affine: ClassVar = True
     default_targets: ClassVar = "**"
 
     keep_base: bool = False

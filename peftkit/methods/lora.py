@@ -1,7 +1,7 @@
 """LoRA: a frozen weight plus a trainable product of two thin matrices (Hu et al., arXiv:2106.09685)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -63,6 +63,12 @@ class LoRA(peftkit.Method):
     def adapter(self, site: peftkit.Site, shared: object = None) -> peftkit.LowRank:
         """Two factors, and their frozen start where the init has one."""
         return _LoRA(site, self)
+
+    def from_factors(self, up: Tensor, down: Tensor) -> "tuple[LoRA, dict[str, Tensor]]":
+        """The factors as they are: an alpha for which the scale is 1, and no start."""
+        rank = up.shape[-1]
+        alpha = math.sqrt(rank) if self.rank_stabilized else float(rank)
+        return replace(self, rank=rank, alpha=alpha, init="default"), {"up": up, "down": down}
 
 
 class _LoRA(peftkit.LowRank):
