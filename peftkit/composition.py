@@ -7,7 +7,7 @@ docs/design.md). The base's own parameter is read past everything that adapts it
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftkit import recipe
 from peftkit.adapter import Adapter, LowRank
 from peftkit.errors import StateError
 from peftkit.layers.kind import LayerKind
-from peftkit.recipe import made
 
 LAYER = "_peftkit_layer"
 RUNNING = "_peftkit_running"
@@ -113,11 +113,25 @@ def adapted_parameter(layer: nn.Module, name: str, running: Running | Routing | 
     steps = list(steps_for(layer, name, running.names))
     if not steps or (raw.is_meta and not _is_meta(steps[0][0])):
         return raw
-    if any(_drops(adapter) for adapter, _ in steps):
-        return compose(layer, name, raw, steps, dropping=True)  # drawn once: it cannot be made again
-    ingredients = [raw, *(t for adapter, _ in steps for t in (*adapter.parameters(), *adapter.buffers()))]
-    make = functools.partial(compose, layer, name, raw, steps, dropping=False)
-    return made(make, ingredients, raw.numel() * raw.element_size())
+    kind = state_of(layer).kinds[name]
+    make = functools.partial(compose, layer, name, raw, steps, dropping=True)
+    if not recipe.wanted(raw.numel() * raw.element_size()) or any(_drops(adapter) for adapter, _ in steps):
+        return make()  # what dropout draws could not be made again
+    # What is there now, under its present data: the model may be another by the time that backward asks.
+    held = [{n: _alias(t) for n, t in _tensors(adapter)} for adapter, _ in steps]
+    base = _alias(raw)
+    remake = functools.partial(compose, layer, name, base, steps, dropping=False, kind=kind, held=held)
+    return recipe.made(make, remake, [base, *(t for tensors in held for t in tensors.values())])
+
+
+def _tensors(adapter: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from adapter.named_parameters()
+    yield from adapter.named_buffers()
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """The same data with the same version counter, apart from the graph."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def adapters_in(layer: nn.Module, name: str) -> dict[str, Any]:
@@ -147,22 +161,25 @@ def compose(
     *,
     dropping: bool,
     at_least: torch.dtype | None = None,
+    kind: LayerKind | None = None,
+    held: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> Tensor:
     """`f2(f1(raw))` in the adapters' dtype (rule R6), cast once to the base's; autocast has no say inside."""
-    kind = state_of(layer).kinds[name]
+    kind = state_of(layer).kinds[name] if kind is None else kind
     steps = list(steps)
     dtype = functools.reduce(torch.promote_types, [_dtype(a) or raw.dtype for a, _ in steps], raw.dtype)
     if at_least is not None:
         dtype = torch.promote_types(dtype, at_least)
     value = raw.to(dtype)
     with _no_autocast(raw.device.type):
-        for adapter, form in steps:
+        for i, (adapter, form) in enumerate(steps):
+            tensors = None if held is None else held[i]
             if form == "bias":
-                value = _call(adapter, dtype, "bias", value)
+                value = _call(adapter, tensors, dtype, "bias", value)
                 continue
             m = kind.matrix(layer, name, value)
             keep = _keep(adapter, m) if dropping else ()
-            value = kind.restore(layer, name, _call(adapter, dtype, "weight", m, *keep))
+            value = kind.restore(layer, name, _call(adapter, tensors, dtype, "weight", m, *keep))
     value = value.to(raw.dtype)
     if value.stride() != raw.stride():
         value = torch.empty_like(raw, requires_grad=False).copy_(value)  # kernels round by the layout
@@ -170,13 +187,25 @@ def compose(
     return kind.handed(layer, name, value if torch.is_grad_enabled() else value.detach())
 
 
-def _call(adapter: Adapter, dtype: torch.dtype, form: str, *args: Tensor) -> Tensor:
-    """One step, with the adapter's own tensors in `dtype` too: a merge is in float32 whatever they are kept in."""
-    if _dtype(adapter) in (None, dtype):
+def _call(adapter: Adapter, held: Mapping[str, Tensor] | None, dtype: torch.dtype, form: str, *args: Tensor) -> Tensor:
+    """One step, in `dtype` (a merge is in float32 whatever the tensors are), with the adapter's own or those `held`."""
+    if held is None and _dtype(adapter) in (None, dtype):
         return adapter(form, *args)  # type: ignore[no-any-return]
-    own = (*adapter.named_parameters(), *adapter.named_buffers())
-    cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in own}
-    return torch.func.functional_call(adapter, cast, (form, *args))  # type: ignore[no-any-return]
+    own = dict(_tensors(adapter)) if held is None else held
+    cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in own.items()}
+    return _with_tensors(adapter, cast)(form, *args)  # type: ignore[no-any-return]
+
+
+def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> nn.Module:
+    """A copy of a module that holds other tensors; `functional_call` would change the module under other threads."""
+    copy = module.__class__.__new__(module.__class__)
+    copy.__dict__.update(module.__dict__)
+    for register in ("_parameters", "_buffers"):
+        own = module.__dict__[register]
+        copy.__dict__[register] = {name: tensors.get(prefix + name, t) for name, t in own.items()}
+    children = module._modules.items()
+    copy.__dict__["_modules"] = {n: c and _with_tensors(c, tensors, f"{prefix}{n}.") for n, c in children}
+    return copy
 
 
 def _keep(adapter: Adapter, m: Tensor) -> tuple[Tensor, ...]:

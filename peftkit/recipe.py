@@ -9,6 +9,7 @@ and offloading do the same job), in functorch, without gradients, while compilin
 """
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -33,10 +34,15 @@ _open = _Open()
 class Recipe:
     """One adapted weight, and how to make it again."""
 
-    def __init__(self, make: Callable[[], Tensor], ingredients: Sequence[Tensor]) -> None:
+    def __init__(self, make: Callable[[], Tensor], remake: Callable[[], Tensor], ingredients: Sequence[Tensor]) -> None:
         self.make = make
+        self.remake = remake
+        """Makes the same from what was there in forward, whatever has become of the model since."""
         self.ingredients = [(t, t._version) for t in ingredients]
+        self.grad = torch.is_grad_enabled()
         self.packed = 0
+        self.keeps = False
+        """Whether the value can be kept from its first use in backward to its last, which its gradient marks."""
         self.remade: dict[int, Tensor] = {}
         self.value: Tensor | None = None
 
@@ -45,15 +51,22 @@ class Recipe:
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             w = self.make()
         if w.requires_grad:
-            w.register_hook(self._consumed)  # type: ignore[no-untyped-call]
+            self.keeps = True
+            recipe = weakref.ref(self)  # the hook lives as long as the graph, which must not keep the value
+
+            def consumed(_: Tensor) -> None:
+                mine = recipe()
+                if mine is not None:
+                    mine.value = None
+
+            w.register_hook(consumed)  # type: ignore[no-untyped-call]
         return w
 
     def again(self) -> Tensor:
         """The weight's value, for backward."""
-        if self.value is None:
-            self._remake()
-        assert self.value is not None  # noqa: S101 - `_remake` has set it
-        return self.value
+        value = self._remake() if self.value is None else self.value
+        self.value = value if self.keeps else None
+        return value
 
     def _pack(self, tensor: Tensor) -> Any:
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
@@ -65,10 +78,11 @@ class Recipe:
         if isinstance(packed, Tensor):
             return packed
         if packed not in self.remade:
-            self._remake()
+            value = self._remake()
+            self.value = value if self.keeps and self.value is not None else None
         return self.remade.pop(packed)  # asked for again (retain_graph), it is made again
 
-    def _remake(self) -> None:
+    def _remake(self) -> Tensor:
         for tensor, version in self.ingredients:
             if tensor._version != version:
                 raise RuntimeError(
@@ -77,23 +91,26 @@ class Recipe:
                 )
         collected: list[Tensor] = []
 
-        def collect(tensor: Tensor) -> Tensor:
+        def collect(tensor: Tensor) -> None:
             if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided:
                 collected.append(tensor.detach())
-            return tensor
 
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(collect, lambda tensor: tensor):
-            self.value = self.make().detach()
+        # The graph of this second time is never used: it need keep nothing.
+        with torch.set_grad_enabled(self.grad), torch.autograd.graph.saved_tensors_hooks(collect, _never):
+            value = self.remake().detach()
         if len(collected) != self.packed:
             raise RuntimeError(
                 f"an adapter's weight() saved {self.packed} tensors in forward and {len(collected)} when it ran again; "
                 "it must be deterministic"
             )
         self.remade = dict(enumerate(collected))
+        if torch._C._current_graph_task_id() != -1:
+            # A backward that does not reach the weight (for the input alone, say) asks for no gradient of it.
+            torch.autograd.Variable._execution_engine.queue_callback(self._drop)
+        return value
 
-    def _consumed(self, grad: Tensor) -> None:  # noqa: ARG002 - a tensor hook's signature
-        """Its gradient is there, so nobody needs the value any more."""
-        self.value = None
+    def _drop(self) -> None:
+        self.value, self.remade = None, {}
 
 
 @contextmanager
@@ -109,13 +126,19 @@ def recipes() -> Iterator[None]:
         if type(tensor) is not Tensor or tensor.layout is not torch.strided:
             return tensor
         recipe = table.get(tensor.untyped_storage()._cdata)
-        return tensor if recipe is None else (recipe, tensor.size(), tensor.stride(), tensor.storage_offset())
+        if recipe is None:
+            return tensor if tensor.is_leaf else tensor.detach()  # an output that held itself would never be freed
+        return recipe, tensor.size(), tensor.stride(), tensor.storage_offset()
 
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack_view):
             yield
     finally:
         _open.recipes = None
+
+
+def _never(_: None) -> Tensor:
+    raise AssertionError("nobody runs backward through a weight that was made again")
 
 
 def forget(tensors: Iterable[Any]) -> None:
@@ -133,14 +156,17 @@ def _unpack_view(packed: Any) -> Tensor:
     return torch.as_strided(recipe.again(), size, stride, offset)
 
 
-def made(make: Callable[[], Tensor], ingredients: Sequence[Tensor], nbytes: int) -> Tensor:
-    """`make()`, by a recipe where one is of use."""
-    if _open.recipes is None or nbytes < SMALLEST:
-        return make()
-    recipe = Recipe(make, ingredients)
+def wanted(nbytes: int) -> bool:
+    """Whether a weight of this size is to be made by a recipe, here and now."""
+    return _open.recipes is not None and nbytes >= SMALLEST
+
+
+def made(make: Callable[[], Tensor], remake: Callable[[], Tensor], ingredients: Sequence[Tensor]) -> Tensor:
+    """`make()`, by a recipe; `remake()` makes the same again from `ingredients`."""
+    assert _open.recipes is not None  # noqa: S101 - `wanted` has said so
+    recipe = Recipe(make, remake, ingredients)
     w = recipe.first()
-    if w.requires_grad:
-        _open.recipes[w.untyped_storage()._cdata] = recipe
+    _open.recipes[w.untyped_storage()._cdata] = recipe
     return w
 
 

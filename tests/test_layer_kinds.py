@@ -574,7 +574,14 @@ def has(case, method):
 
 
 def rows_of(cases, methods):
-    return [(c, m) for c in cases for m in methods if has(c, methods[m])]
+    """Every case with every method; those that compute no weight see one case of each kind, options being nothing to them."""
+    plain = (peftkit.Frozen(), FULL)
+    return [
+        (c, m)
+        for c in cases
+        for m in methods
+        if has(c, methods[m]) and (methods[m] not in plain or c in ONE_OF_EACH_KIND)
+    ]
 
 
 def table(cases, methods=METHODS):

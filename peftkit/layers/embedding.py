@@ -35,6 +35,8 @@ class Embedding(LayerKind):
 
     def handed(self, layer: nn.Embedding, weight: str, w: Tensor) -> Tensor:
         """A sparse layer's gradient is made dense on its way back: transposes and casts know no sparse one."""
+        if layer.max_norm is not None:
+            w = w.clone()  # its forward shortens rows in place, and a method may have handed the base through
         if not (layer.sparse and w.requires_grad):
             return w
         return _DenseGradient.apply(w)  # type: ignore[no-untyped-call, no-any-return]
