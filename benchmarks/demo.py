@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the weights come from a package: nothing is asked of a hub
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait make a busy machine crawl
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler otherwise writes its start and stop to stderr
 
 import assets
