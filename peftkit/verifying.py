@@ -5,49 +5,23 @@ forward hooks on them tell whether they took part.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftkit.adapter import Activation, Adapter, Base
 from peftkit.composition import compose, raw_parameter, state_of, steps_for
-from peftkit.errors import StateError, UnsupportedLayerError
+from peftkit.drift import Fault, active_sites, compare
+from peftkit.errors import StateError
 from peftkit.installed import Installed, Placement, inner, unmerged
-from peftkit.merging import merge, unmerge
 from peftkit.method import Method
-from peftkit.resolve import modules_of
+from peftkit.rehearsal import call, leaves, seed, untouched
 from peftkit.tables import count, table
 
-Kind: TypeAlias = Literal[
-    "bypassed", "not finite", "changes nothing", "untrained", "no gradient", "zero gradient", "drifts"
-]
 _LINES = 20
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Fault:
-    """One thing that is wrong."""
-
-    path: str
-    """Of the weight, of the trainable parameter, or (for `drifts`) of the layer."""
-    kind: Kind
-    """* `bypassed`: an active adapter took no part: its layer did not run, or its weight was read past it.
-    * `not finite`: a value of the adapter is infinite or NaN.
-    * `changes nothing`: the adapted weight is bit for bit the base's, though the adapter has been trained elsewhere or
-      does not train.
-    * `untrained`: it does not train, though the rest of its adapter does.
-    * `no gradient`: it trains, but the output does not depend on it.
-    * `zero gradient`: the output does not react to it, nor to any other parameter of its adapter there.
-    * `drifts`: merged, the model's output is another than unmerged.
-    """
-    adapter: str
-    """The adapter's name; empty for a parameter that belongs to none."""
-    note: str
-    """What is known of it, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,108 +96,23 @@ def verify(model: nn.Module, example: Any, *, rtol: float | None = None) -> Repo
     """
     known = unmerged(model, "verify it")
     root = inner(model)
-    with _untouched(root):
+    with untouched(root):
         with _watching(known) as watch:
             gradients = _gradients(root, example)
         faults, notes = _site_faults(known, watch)
         bypassed = {(fault.adapter, fault.path) for fault in faults if fault.kind == "bypassed"}
         faults += _gradient_faults(root, known, gradients, bypassed)
-        drift, error, bound = _compare(model, known, example, rtol)
+        drift, error, bound = compare(model, known, example, rtol)
     if isinstance(error, str):
         notes.append(f"not merged: {error}")
     return Report(
         faults=(*faults, *drift),
         notes=tuple(notes),
-        sites=len(_active(known)),
+        sites=len(active_sites(known)),
         parameters=len(gradients),
         error=None if isinstance(error, str) else error,
         bound=bound,
     )
-
-
-def _active(known: Installed) -> list[tuple[str, Placement]]:
-    """The sites of adapters that run now, with their adapter's name; weights trained in place are no adapters."""
-    return [(name, p) for name in known.active for p in known.adapters[name] if p.adapter is not None]
-
-
-def _call(root: nn.Module, example: Any) -> Any:
-    example = _copied(example)
-    if isinstance(example, dict):
-        return root(**example)
-    return root(*example) if type(example) is tuple else root(example)
-
-
-def _copied(value: Any) -> Any:
-    """The example, with tensors of its own: nothing is written into the caller's, nor differentiated beyond them."""
-    if isinstance(value, Tensor):
-        return value.detach().clone().requires_grad_(value.requires_grad)
-    if isinstance(value, Mapping):
-        return {key: _copied(each) for key, each in value.items()}
-    return type(value)(map(_copied, value)) if type(value) in (tuple, list) else value
-
-
-def _leaves(value: Any) -> Iterator[Tensor]:
-    """The floating point tensors of a nested output: tuples, lists, mappings (as in transformers) and dataclasses."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _leaves(each)
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _leaves(each)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _leaves(getattr(value, field.name))
-
-
-# ------------------------------------------------------------------------------------------ leaving no trace
-
-
-@contextmanager
-def _untouched(root: nn.Module) -> Iterator[None]:
-    """Whatever happens inside, put back modes, gradients, buffers and random generators."""
-    modules = list(root.modules())
-    modes = [(m, m.training) for m in modules]
-    buffers = [(m, dict(m._buffers)) for m in modules if m._buffers]
-    values = [(b, b.detach().clone()) for _, own in buffers for b in own.values() if b is not None and not b.is_meta]
-    gradients = [(p, p.grad) for p in root.parameters()]
-    # These hooks may hold an optimizer that steps within backward.
-    hooks = [(own, dict(own)) for p, _ in gradients if (own := getattr(p, "_post_accumulate_grad_hooks", None))]
-    cuda = list(range(torch.cuda.device_count())) if _cuda_runs() else []
-    with torch.random.fork_rng(devices=cuda):
-        try:
-            for p, _ in gradients:
-                p.grad = None
-            for own, _ in hooks:
-                own.clear()
-            yield
-        finally:
-            for own, entries in hooks:
-                own.update(entries)
-            for p, grad in gradients:
-                p.grad = grad
-            for module, registered in buffers:
-                module._buffers.clear()
-                module._buffers.update(registered)
-            with torch.no_grad():
-                for buffer, value in values:
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)
-            for module, training in modes:
-                module.training = training
-
-
-def _cuda_runs() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-
-
-def _seed() -> None:
-    """Let every run draw the same numbers. `torch.manual_seed` would also queue a seed for a device not yet in use."""
-    torch.default_generator.manual_seed(0)
-    if _cuda_runs():
-        torch.cuda.manual_seed_all(0)
 
 
 # ------------------------------------------------------------------------------------------- who takes part
@@ -247,7 +136,7 @@ class _Watch:
 
     def adapter(self, adapter: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if isinstance(adapter, Activation):
-            before, after = self.inside.get(id(adapter)), list(_leaves(output))
+            before, after = self.inside.get(id(adapter)), list(leaves(output))
             same = before is not None and len(before) == len(after) and all(map(torch.equal, before, after))
             self.moved |= set() if same else {id(adapter)}
         if isinstance(adapter, Activation) or args[0] != "bias":
@@ -258,7 +147,7 @@ class _Watch:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             output = base.call(*args, **kwargs)
-            self.inside[id(adapter)] = [t.detach() for t in _leaves(output)]
+            self.inside[id(adapter)] = [t.detach() for t in leaves(output)]
             return output
 
         return (Base(base.model, base.names, call), *rest)
@@ -270,7 +159,7 @@ def _watching(known: Installed) -> Iterator[_Watch]:
     with ExitStack() as stack:
         for layer in known.layers(known.active):
             stack.enter_context(layer.register_forward_pre_hook(watch.layer))
-        for _, placement in _active(known):
+        for _, placement in active_sites(known):
             adapter = placement.adapter
             assert adapter is not None  # noqa: S101 - `_active` says so
             stack.enter_context(adapter.register_forward_hook(watch.adapter))
@@ -284,7 +173,7 @@ def _site_faults(known: Installed, watch: _Watch) -> tuple[list[Fault], list[str
     faults = []
     idle: dict[tuple[str, Method], list[Placement]] = {}
     moving: set[tuple[str, Method]] = set()
-    for name, placement in _active(known):
+    for name, placement in active_sites(known):
         if id(placement.adapter) not in watch.took_part:
             faults.append(Fault(placement.name, "bypassed", name, _why_bypassed(placement, watch)))
         elif not all(t.is_meta or t.isfinite().all() for _, t in placement.tensors()):
@@ -344,10 +233,10 @@ def _gradients(root: nn.Module, example: Any) -> dict[int, bool | None]:
     """For each trainable parameter, by id, whether its gradient is not zero; None where there is none."""
     if not root.training:
         root.train()
-    _seed()
+    seed()
     with torch.inference_mode(mode=False), torch.enable_grad():
         signs = torch.Generator().manual_seed(0)
-        outputs = [t for t in _leaves(_call(root, example)) if t.requires_grad]
+        outputs = [t for t in leaves(call(root, example)) if t.requires_grad]
         loss = sum((_signed_sum(t, signs) for t in outputs), torch.zeros(()))
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
@@ -412,113 +301,3 @@ def _without_gradient(
             yield Fault(paths[id(p)], "no gradient", name, note)
         elif not reacts:
             yield Fault(paths[id(p)], "zero gradient", name, "the output does not react to it on this example")
-
-
-# --------------------------------------------------------------------------------- merged against unmerged
-
-_Compared: TypeAlias = tuple[list[Fault], float | str, float]
-
-
-def _compare(model: nn.Module, known: Installed, example: Any, rtol: float | None) -> _Compared:
-    """The fault if there is one, the error (or why there is none), and its bound."""
-    root = inner(model)
-    layers = _watched_layers(root, known)
-    plain = _run(root, example)
-    own = _own_bound(known, plain) if rtol is None else rtol
-    bound = own * math.sqrt(max(1, len(layers))) if rtol is None else rtol
-    try:
-        merge(model, untie=True)
-    except (UnsupportedLayerError, StateError) as reason:
-        return [], str(reason), bound
-    try:
-        merged = _run(root, example)
-    finally:
-        unmerge(model)
-    error = _difference(merged, plain)
-    if error <= bound:
-        return [], error, bound
-    path, note = _first_drift(model, layers, example, own)
-    note = f"merged differs from unmerged by {error:.1e} (bound {bound:.1e}); {note}"
-    return [Fault(path, "drifts", ", ".join(known.active), note)], error, bound
-
-
-def _watched_layers(root: nn.Module, known: Installed) -> dict[str, nn.Module]:
-    """The adapted layers and those that read their weights, by path."""
-    wanted = {id(m) for m in (*(p.layer for _, p in _active(known)), *known.readers)}
-    return {path: m for path, m in modules_of(root).items() if id(m) in wanted}
-
-
-def _run(root: nn.Module, example: Any) -> list[Tensor]:
-    """The outputs in eval mode, without gradients."""
-    root.eval()
-    _seed()
-    with torch.no_grad():
-        return [t.detach() for t in _leaves(_call(root, example))]
-
-
-def _own_bound(known: Installed, outputs: Iterable[Tensor]) -> float:
-    """How far one merged layer may be from unmerged: what rounding explains, by the coarsest dtype in use.
-
-    In half precision a product is summed in float32 and rounded at the end: three roundings unmerged (base, update,
-    sum) against one merged. In float32 and float64 the sums themselves are rounded, term by term.
-    """
-    weights = [raw_parameter(p.layer, p.weight) for _, p in _active(known) if isinstance(p.adapter, Adapter)]
-    tensors = [t for t in (*weights, *outputs) if isinstance(t, Tensor) and t.is_floating_point()]
-    epsilons = [torch.finfo(t.dtype).eps for t in tensors]
-    for device in {t.device.type for t in tensors}:
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            epsilons.append(torch.finfo(torch.get_autocast_dtype(device)).eps)
-        if device == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or any(w.dim() > 2 for w in weights)):
-            epsilons.append(2**-10)  # TF32, which convolutions use unless told otherwise
-    eps = max(epsilons, default=torch.finfo(torch.float32).eps)
-    return (3 if eps > 1e-4 else 100) * eps
-
-
-def _difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest relative difference of one output; NaN is infinitely far from everything."""
-    if [t.shape for t in actual] != [t.shape for t in expected]:
-        return math.inf
-    return max((_relative(a, e) for a, e in zip(actual, expected, strict=True)), default=0.0)
-
-
-def _relative(actual: Tensor, expected: Tensor) -> float:
-    actual, expected = (t.to("cpu", torch.float64) for t in (actual, expected))
-    distance = torch.where(actual == expected, 0.0, actual - expected).norm().item()
-    if distance == 0:
-        return 0.0
-    size = expected[expected.isfinite()].norm().item()
-    return distance / size if size and math.isfinite(distance) else math.inf
-
-
-def _first_drift(model: nn.Module, layers: Mapping[str, nn.Module], example: Any, own: float) -> tuple[str, str]:
-    """The first layer, in the order in which they run, whose own output is off; the worst where none is by much.
-
-    Layers after it get other inputs, and so tell nothing of themselves.
-    """
-    root = inner(model)
-    plain = _record(root, layers, example)
-    merge(model, untie=True)
-    try:
-        merged = _record(root, layers, example)
-    finally:
-        unmerge(model)
-    errors = [(path, _difference(m, p)) for (path, p), (_, m) in zip(plain, merged, strict=False)]
-    for path, error in errors:
-        if not error <= own:
-            return path, f"this is the first layer whose output does, by {error:.1e}"
-    path, error = max(errors, key=lambda pair: pair[1], default=("", 0.0))
-    return path, f"no layer alone does; this one's output differs most, by {error:.1e}"
-
-
-def _record(root: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> list[tuple[str, list[Tensor]]]:
-    """Each call of a layer, with its outputs."""
-    calls: list[tuple[str, list[Tensor]]] = []
-
-    def recorder(path: str) -> Callable[..., None]:
-        return lambda _layer, _args, output: calls.append((path, [t.detach().cpu() for t in _leaves(output)]))
-
-    with ExitStack() as stack:
-        for path, layer in layers.items():
-            stack.enter_context(layer.register_forward_hook(recorder(path)))
-        _run(root, example)
-    return calls

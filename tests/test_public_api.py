@@ -24,7 +24,7 @@ ORDER = [
     "layers.linear", "layers.recurrent",
     "layers", "adapter", "method", "plugins", "readers", "recipe", "composition", "checkpoints", "running", "swap", "installed",
     "resolve", "plan", "install", "combining", "lifecycle", "routing", "merging",
-    "verifying", "summary", "manifests", "files", "methods", "methods.frozen", "methods.full", "methods.lora",
+    "rehearsal", "drift", "verifying", "summary", "manifests", "files", "methods", "methods.frozen", "methods.full", "methods.lora",
 ]  # fmt: skip
 
 PUBLIC = [getattr(peftkit, name) for name in peftkit.__all__ if hasattr(getattr(peftkit, name), "__qualname__")]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import peftkit
-from peftkit import merging, verifying
+from peftkit import drift, merging
 from peftkit.errors import StateError
 
 
@@ -558,7 +558,7 @@ def test_nothing_to_merge(x):
 )
 def test_relative_difference(actual, expected, error):
     """Relative to the output's norm; masked values compare as equal, NaN is far from everything."""
-    assert verifying._difference([torch.tensor(actual)], [torch.tensor(expected)]) == pytest.approx(error)
+    assert drift._difference([torch.tensor(actual)], [torch.tensor(expected)]) == pytest.approx(error)
 
 
 # ------------------------------------------------------------------------------------------ leaving no trace
