@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapter import Adapter, LowRank, Site
+from peftkit.adapter import Adapter, Site
 from peftkit.errors import FieldError, MethodError, StateError, UnsupportedLayerError, did_you_mean
 from peftkit.install import build, check_name, install
 from peftkit.installed import Placement, unmerged
 from peftkit.method import Method
 from peftkit.resolve import site_of
+from peftkit.running import adds_low_rank
 
 _SPARSE = ("ties", "dare", "magnitude_prune")
 HOWS = ("linear", "cat", "svd", *_SPARSE)
@@ -250,7 +251,7 @@ def _combined(parts: Sequence[_Part], way: _Way) -> tuple[Site, Method, Adapter]
             f"{', '.join(repr(part.source) for part in parts)})"
         )
     site = site_of(placement.path, placement.layer, placement.weight)
-    if all(_adds_low_rank(part.adapter) for part in parts):
+    if all(adds_low_rank(part.adapter) for part in parts):
         method, state = _low_rank(parts, way, site)
     elif parts[0].method.affine:
         method, state = _affine(parts, way, site)
@@ -280,7 +281,7 @@ def _refuse_without_values(part: _Part) -> None:
 def _refuse_rank_of_nothing(sites: Sequence[Sequence[_Part]], way: _Way) -> None:
     """A rank, where no adapter has one."""
     if (way.how in ("cat", "svd") or way.rank is not None) and not any(
-        _adds_low_rank(part.adapter) for parts in sites for part in parts
+        adds_low_rank(part.adapter) for parts in sites for part in parts
     ):
         what = f"how={way.how!r}" if way.rank is None else f"rank={way.rank}"
         raise _no_sum(sites[0][0], f"{what} is for low-rank adapters; how='linear' without rank= may be what you want")
@@ -290,13 +291,6 @@ def _no_sum(part: _Part, why: str) -> UnsupportedLayerError:
     return UnsupportedLayerError(
         f"cannot combine {part.source!r} at {part.placement.name}: {part.method} there, and {why}; leave it out of "
         "weights=, or run the adapters together with peftkit.activate"
-    )
-
-
-def _adds_low_rank(adapter: Adapter) -> bool:
-    """Whether all that the adapter does is to add its product to the weight."""
-    return (
-        isinstance(adapter, LowRank) and type(adapter).weight is LowRank.weight and type(adapter).bias is Adapter.bias
     )
 
 

@@ -139,8 +139,7 @@ def _offered(plugin: Any, name: str, owner: str) -> type[Method]:
         if not before:
             manager.register(plugin)
             manager.check_pending()
-        hooks = [hook for hook in manager.hook.peftkit_methods.get_hookimpls() if hook.plugin is plugin]
-        offered = [method for hook in hooks for method in _call(hook)]
+        offered = _answers(manager.hook.peftkit_methods, plugin)
         found = [m for m in offered if isinstance(m, type) and issubclass(m, Method) and m.name == name]
         if len(found) != 1:
             raise PluginError(  # noqa: TRY301 - it gets the package's name below, as every other fault does
@@ -153,9 +152,10 @@ def _offered(plugin: Any, name: str, owner: str) -> type[Method]:
     return found[0]
 
 
-def _call(hook: pluggy.HookImpl) -> list[Any]:
-    offered: Any = hook.function()
-    return list(offered)
+def _answers(hook: pluggy.HookCaller, plugin: Any) -> list[Any]:
+    """What one plugin answers to a hook; the other plugins are not asked."""
+    answers: list[Any] = [each.function() for each in hook.get_hookimpls() if each.plugin is plugin]
+    return [offered for answer in answers for offered in answer]
 
 
 def kind_of(layer_class: type[nn.Module]) -> tuple[LayerKind, type] | None:
@@ -211,5 +211,6 @@ def _layer_points() -> list[EntryPoint]:
 
 @functools.cache
 def _builtin_kinds() -> dict[str, LayerKind]:
-    _manager().register(layers)
-    return {kind.serves: kind() for kind in layers.peftkit_layers()}
+    manager = _manager()
+    manager.register(layers)
+    return {kind.serves: kind() for kind in _answers(manager.hook.peftkit_layers, layers)}

@@ -92,8 +92,7 @@ class Resolution:
             if len(taken) == before:
                 raise SelectorError(
                     f"everything that {', '.join(repr(describe(s)) for s in rule.selectors)} → {rule.method} "
-                    "matches is "
-                    "taken by earlier rules; the first match wins, so put it first"
+                    "matches is taken by earlier rules; the first match wins, so put it first"
                 )
         order = {key: i for i, key in enumerate(self._keys())}
         steps = tuple(taken[key] for key in sorted(taken, key=lambda key: order[key]))

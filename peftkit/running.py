@@ -73,13 +73,13 @@ def _running(layer: nn.Module, sites: dict[str, dict[str, Any]]) -> Running:
     fused = None
     if len(weights) == 1 and state.fast is not None and state.fast.fuses(layer):
         (weight,) = weights
-        if state.kinds[weight] == state.fast and all(_sums(sites[n][weight]) for n in names):
+        if state.kinds[weight] == state.fast and all(adds_low_rank(sites[n][weight]) for n in names):
             fused = weight
     return Running(names, around, fused)
 
 
-def _sums(adapter: nn.Module) -> bool:
-    """Whether the adapter only adds its product to the weight, so that several of them are a sum."""
+def adds_low_rank(adapter: nn.Module) -> bool:
+    """Whether all that the adapter does is to add its product to the weight, so that several of them are a sum."""
     if not isinstance(adapter, LowRank):
         return False
     return type(adapter).weight is LowRank.weight and type(adapter).bias is Adapter.bias
