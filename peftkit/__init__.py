@@ -13,10 +13,10 @@ __version__ = "0.1.0"
 
 # isort: split
 from peftkit import errors
-from peftkit.adapter import Activation, Adapter, LowRank, Site
+from peftkit.adapter import Activation, Adapter, LowRank, Observer, Shared, Site
 from peftkit.hookspecs import hookimpl
 from peftkit.layers.kind import LayerKind
-from peftkit.method import Method
+from peftkit.method import HuggingFace, Method
 from peftkit.methods.frozen import Frozen
 from peftkit.methods.full import Full
 from peftkit.methods.lora import LoRA
@@ -38,10 +38,13 @@ __all__ = [
     "Adapter",
     "Frozen",
     "Full",
+    "HuggingFace",
     "LayerKind",
     "LoRA",
     "LowRank",
     "Method",
+    "Observer",
+    "Shared",
     "Site",
     "activate",
     "combine",

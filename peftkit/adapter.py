@@ -1,7 +1,7 @@
 """What a method's author writes against: the site to adapt, and the three forms that an adapter can take.
 
 Adapter      a function of the weight matrix        merges, unmerges, works on every layer kind
-└ LowRank    W + scale * up @ down                   and has each layer kind's fast path
+└ LowRank    gain * (W + scale * up @ down)          and has each layer kind's fast path
 Activation   a function around the layer's forward   no weight form, so it does not merge
 """
 
@@ -41,6 +41,10 @@ class Site:
     """Other names of the same parameter elsewhere in the model."""
     unfrozen: bool = False
     """Set by `unfreeze`."""
+    features: int | None = None
+    """Of a module site: how many features the module puts out, where its last layer with a kind says so."""
+    observed: "Observer | None" = None
+    """What the method's observer has seen here; None without one, and on the meta device."""
 
     @property
     def name(self) -> str:
@@ -96,7 +100,33 @@ class Site:
 
     def on_meta(self) -> "Site":
         """The same site on the meta device, for a dry run."""
-        return dataclasses.replace(self, device=torch.device("meta"), unfrozen=False)
+        return dataclasses.replace(self, device=torch.device("meta"), unfrozen=False, observed=None)
+
+
+class Shared:
+    """A handle on the state that a method's sites share (`Method.shared`): `shared.state` is the module itself.
+
+    It is no `nn.Module`, so that an adapter may keep it in an attribute and yet neither owns nor saves the state:
+    that is held once, at the model, and saved once.
+    """
+
+    __slots__ = ("state",)
+
+    def __init__(self, state: nn.Module) -> None:
+        self.state: Any = state
+
+
+class Observer:
+    """What a method wants to see of the data before its adapter for one site is made; override what you need.
+
+    `wrap(model, method, data=batches)` runs the bare model on the batches and feeds it; then `site.observed` is it.
+    """
+
+    def inputs(self, x: Tensor) -> None:
+        """Rows `[n, in]` that the matrix was applied to in one forward, in the layer's dtype, detached."""
+
+    def gradient(self, g: Tensor) -> None:
+        """The gradient `[..., out, in]` of the loss of one batch by the matrix."""
 
 
 def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -135,7 +165,8 @@ class Adapter(nn.Module, ABC):
 
 
 class LowRank(Adapter):
-    """`W + scale * up @ down`: has a fast path on every layer kind that offers one.
+    """`W + scale * up @ down`, each row times its `gain` if there is one: has a fast path on every layer kind that
+    offers one.
 
     `dropout` acts on the input of `down`, in training only. Where only the weight form can run, it drops
     columns of `down` instead: the same input features for the whole batch.
@@ -147,6 +178,13 @@ class LowRank(Adapter):
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """`(up [..., out, rank], down [..., rank, in], scale)`."""
 
+    def gain(self, w: Tensor) -> Tensor | None:  # noqa: ARG002 - most have none
+        """A factor `[..., out, 1]` for each row of the adapted matrix, given the matrix `w`; None for none.
+
+        A method with a norm (DoRA) has one: it then keeps the fast path, where the factor multiplies the output.
+        """
+        return None
+
     def start(self) -> tuple[Tensor, Tensor] | None:
         """Frozen factors `(up, down)` to subtract, for a method whose product is not zero at the start.
 
@@ -156,13 +194,15 @@ class LowRank(Adapter):
         return None
 
     def weight(self, w: Tensor, keep: Tensor | None = None) -> Tensor:
-        """`w + scale * (up @ (down * keep) - start)`; `keep` `[in]` is given by dropout in training only."""
+        """`gain * (w + scale * (up @ (down * keep) - start))`; `keep` `[in]` is given by dropout in training only."""
         up, down, scale = self.factors()
         delta = up @ (down if keep is None else down * keep)
         start = self.start()
         if start is not None:
             delta = delta - start[0] @ start[1]
-        return w + scale * delta
+        adapted = w + scale * delta
+        gain = self.gain(w)
+        return adapted if gain is None else adapted * gain
 
 
 class Activation(nn.Module, ABC):

@@ -88,7 +88,7 @@ def combine(
     way = _Way(how, rank, density, majority_sign, _generator(seed))
     by_site: dict[tuple[str, str], list[_Part]] = {}
     for source, factor in _checked(weights).items():
-        for placement in known.placements(source):
+        for placement in known.sites(source):
             by_site.setdefault((placement.path, placement.weight), []).append(_Part(source, placement, factor))
     if not by_site:
         raise StateError(f"{', '.join(map(repr, weights))} hold nothing to combine: all that they cover is frozen")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit import recipe
-from peftkit.adapter import Adapter, LowRank
+from peftkit.adapter import Adapter, LowRank, Shared
 from peftkit.errors import StateError
 from peftkit.layers.kind import LayerKind
 
@@ -124,9 +124,16 @@ def adapted_parameter(layer: nn.Module, name: str, running: Running | Routing | 
     return recipe.made(make, remake, [base, *(t for tensors in held for t in tensors.values())])
 
 
-def _tensors(adapter: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from adapter.named_parameters()
-    yield from adapter.named_buffers()
+def _tensors(adapter: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All that an adapter computes with: its own tensors, and those of the state that it shares with others."""
+    yield from adapter.named_parameters(prefix)
+    yield from adapter.named_buffers(prefix)
+    for name, handle in _handles(adapter):
+        yield from _tensors(handle.state, name)
+
+
+def _handles(adapter: nn.Module) -> list[tuple[str, Shared]]:
+    return [(name, value) for name, value in adapter.__dict__.items() if isinstance(value, Shared)]
 
 
 def _alias(tensor: Tensor) -> Tensor:
@@ -171,7 +178,7 @@ def compose(
     if at_least is not None:
         dtype = torch.promote_types(dtype, at_least)
     value = raw.to(dtype)
-    with _no_autocast(raw.device.type):
+    with no_autocast(raw.device.type):
         for i, (adapter, form) in enumerate(steps):
             tensors = None if held is None else held[i]
             if form == "bias":
@@ -205,6 +212,8 @@ def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str 
         copy.__dict__[register] = {name: tensors.get(prefix + name, t) for name, t in own.items()}
     children = module._modules.items()
     copy.__dict__["_modules"] = {n: c and _with_tensors(c, tensors, f"{prefix}{n}.") for n, c in children}
+    for name, handle in _handles(module):
+        copy.__dict__[name] = Shared(_with_tensors(handle.state, tensors, f"{name}."))
     return copy
 
 
@@ -230,7 +239,8 @@ def _is_meta(adapter: nn.Module) -> bool:
     return any(p.is_meta for p in adapter.parameters())
 
 
-def _no_autocast(device: str) -> Any:
+def no_autocast(device: str) -> Any:
+    """A context in which autocast has no say."""
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)

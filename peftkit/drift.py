@@ -47,7 +47,7 @@ class Fault:
 
 def active_sites(known: Installed) -> list[tuple[str, Placement]]:
     """The sites of adapters that run now, with their adapter's name; weights trained in place are no adapters."""
-    return [(name, p) for name in known.active for p in known.adapters[name] if p.adapter is not None]
+    return [(name, p) for name in known.active for p in known.sites(name) if p.adapter is not None]
 
 
 Compared: TypeAlias = tuple[list[Fault], float | str, float]

@@ -6,7 +6,7 @@
     ├── MethodError             something is wrong with a method
     │   ├── UnknownMethodError  no installed method has that name
     │   ├── FieldError          a hyperparameter has a wrong name or value
-    │   └── PluginError         a package offers the method, but it cannot be loaded
+    │   └── PluginError         a package offers the method or layer kind, but it cannot be loaded, or is disabled
     ├── StateError              calls in an order that has no meaning (merging twice, say)
     ├── UnknownAdapterError     the model has no adapter of that name
     └── FileError               an adapter file cannot be written or read
@@ -47,7 +47,7 @@ class FieldError(MethodError, TypeError, ValueError):
 
 
 class PluginError(MethodError, RuntimeError):
-    """A package offers the method, but it cannot be loaded."""
+    """A package offers the method or layer kind, but it cannot be loaded, or is disabled."""
 
 
 class StateError(PeftkitError, RuntimeError):

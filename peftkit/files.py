@@ -31,9 +31,10 @@ from peftkit.errors import (
     UnsupportedLayerError,
     did_you_mean,
 )
-from peftkit.install import build, check_name, install
+from peftkit.install import build, check_name, holder_of, install
 from peftkit.installed import Placement, inner, installed, record
 from peftkit.method import Method
+from peftkit.plan import State, shared_for, shared_states
 from peftkit.resolve import find_model_roles, module_site, modules_of, site_of
 
 MAX_HEADER = 100_000_000
@@ -230,7 +231,7 @@ def load(
     name = manifest["name"] if name is None else name
     check_name(model, name)
     sites = _resolve(model, manifest, {m.name: m for m in methods}, check_base=check_base)
-    built = _rebuild(path, sites, read.tensors)
+    built, states = _rebuild(inner(model), path, sites, read.tensors)
     known = record(model)
     active = known.active if known and known.active else (name,)
     in_place = {site.name: read.tensors[site.name] for site, _, adapter in built if adapter is None}
@@ -240,7 +241,7 @@ def load(
             "call peftkit.activate(model) first, or save it with Full(keep_base=True)"
         )
     roles = known.roles if known else find_model_roles(model)
-    return install(model, name, built, roles, active, trainable=trainable, in_place=in_place)
+    return install(model, name, built, roles, active, shared=states, trainable=trainable, in_place=in_place)
 
 
 def _read(path: Path) -> _Read:
@@ -326,16 +327,21 @@ def _method(entry: dict[str, Any], own: Mapping[str, type[Method]]) -> Method:
 
 
 def _rebuild(
-    path: str | os.PathLike[str], sites: list[tuple[Site, Method, bool]], tensors: Mapping[str, Tensor]
-) -> list[tuple[Site, Method, Adapter | Activation | None]]:
-    """The adapters of a file: made on the meta device, so that no initialisation is computed, then given
-    their tensors.
+    root: nn.Module, path: str | os.PathLike[str], sites: list[tuple[Site, Method, bool]], tensors: Mapping[str, Tensor]
+) -> tuple[list[tuple[Site, Method, Adapter | Activation | None]], list[State]]:
+    """The adapters of a file, and what they share: made on the meta device, so that no initialisation is computed,
+    then given their tensors.
     """
     built: list[tuple[Site, Method, Adapter | Activation | None]] = []
     expected: set[str] = set()
+    states = shared_states([(site.on_meta(), method) for site, method, _ in sites])
+    for number, (key, state) in enumerate(states.items()):
+        first = next(site for site, its_method, _ in sites if its_method.key == key)
+        name = f"{holder_of(root, first)[0]}.shared-{number}".removeprefix(".")
+        expected |= _fill(path, name, state.module, first.device, tensors)
     for site, method, in_place in sites:
         rehearsal = site.on_meta()
-        adapter = build(rehearsal, method)
+        adapter = build(rehearsal, method, shared_for(states, method))
         if rehearsal.unfrozen != in_place or (adapter is None) != in_place:
             raise FormatError(
                 f"{path}: {site.name} is {'' if in_place else 'not '}trained in place, which {method} contradicts"
@@ -345,16 +351,26 @@ def _rebuild(
             _fit(path, site.name, site.layer._parameters[site.weight], tensors)  # type: ignore[arg-type]
             expected.add(site.name)
         else:
-            for key, own in adapter.state_dict(keep_vars=True).items():
-                tensor = _laid_out_as(own, _fit(path, f"{site.name}.{key}", own, tensors).to(site.device))
-                expected.add(f"{site.name}.{key}")
-                _assign(adapter, key, own, tensor)
-            _refuse_left_on_meta(adapter, site)
+            expected |= _fill(path, site.name, adapter, site.device, tensors)
         built.append((site, method, adapter))
     unexpected = sorted(set(tensors) - expected)
     if unexpected:
         raise FormatError(f"{path} holds {unexpected[0]!r}, which no site of it has a place for")
-    return built
+    return built, list(states.values())
+
+
+def _fill(
+    path: str | os.PathLike[str], name: str, module: nn.Module, device: torch.device, tensors: Mapping[str, Tensor]
+) -> set[str]:
+    """Give a module its tensors of the file, which stand there under `name`; returns their keys."""
+    keys = set()
+    for key, own in module.state_dict(keep_vars=True).items():
+        tensor = _laid_out_as(own, _fit(path, f"{name}.{key}", own, tensors).to(device))
+        keys.add(f"{name}.{key}")
+        _assign(module, key, own, tensor)
+    if device.type != "meta":
+        _refuse_left_on_meta(module, name)
+    return keys
 
 
 def _fit(path: str | os.PathLike[str], key: str, own: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -384,11 +400,9 @@ def _assign(adapter: nn.Module, key: str, own: Tensor, tensor: Tensor) -> None:
         module._buffers[attribute] = tensor
 
 
-def _refuse_left_on_meta(adapter: nn.Module, site: Site) -> None:
-    if site.device.type == "meta":
-        return
-    for name, tensor in (*adapter.named_parameters(), *adapter.named_buffers()):
+def _refuse_left_on_meta(module: nn.Module, where: str) -> None:
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_meta:
             raise FormatError(
-                f"{site.name}: the adapter's {name!r} is not part of what it saves; register it as a persistent buffer"
+                f"{where}: the adapter's {name!r} is not part of what it saves; register it as a persistent buffer"
             )

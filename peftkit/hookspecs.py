@@ -1,6 +1,7 @@
 """The hooks through which a package says what it offers. Hooks say what exists; classes say how it works.
 
-A hook is for ever, so there are as few as can be. None is ever called from a `forward`.
+A hook is for ever, so there are as few as can be. None is ever called from a `forward`. A hook may be given further
+arguments in a later version; an implementation takes as many of them as it wants.
 """
 
 from collections.abc import Iterable
@@ -20,7 +21,10 @@ hookimpl = pluggy.HookimplMarker("peftkit")
 
 @hookspec
 def peftkit_methods() -> Iterable[type["Method"]]:  # type: ignore[empty-body]
-    """The methods that this plugin offers.
+    """The methods that this plugin offers: classes, each a frozen dataclass.
+
+    Called once for each name that is asked for. The name of the entry point in the group `peftkit.methods` must be the
+    `name` of exactly one of them. Since 0.1.
 
     >>> import peftkit
     >>> @peftkit.hookimpl
@@ -31,7 +35,10 @@ def peftkit_methods() -> Iterable[type["Method"]]:  # type: ignore[empty-body]
 
 @hookspec
 def peftkit_layers() -> Iterable[type["LayerKind"]]:  # type: ignore[empty-body]
-    """The layer kinds that this plugin offers.
+    """The layer kinds that this plugin offers: classes, of each of which one instance is made.
+
+    Called once for each layer class that is met. The name of the entry point in the group `peftkit.layers` must be what
+    exactly one of them `serves`. Since 0.1.
 
     >>> import peftkit
     >>> @peftkit.hookimpl

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit import plugins
-from peftkit.adapter import Activation, Adapter, Site
+from peftkit.adapter import Activation, Adapter, Shared, Site
 from peftkit.composition import LAYER, Adapted, base_class, is_swapped
 from peftkit.errors import StateError, UnsupportedLayerError
 from peftkit.installed import (
@@ -28,11 +28,13 @@ from peftkit.installed import (
 )
 from peftkit.layers.kind import LayerKind
 from peftkit.method import Method
-from peftkit.plan import Rules, plan
+from peftkit.observing import observe
+from peftkit.plan import Rules, State, plan, shared_for, shared_states
 from peftkit.readers import find_readers
 from peftkit.resolve import kind_for, modules_of
 from peftkit.running import set_running
 from peftkit.selectors import Selector
+from peftkit.stepping import Watch, follows_steps
 from peftkit.swap import swap, unswap
 
 
@@ -43,6 +45,7 @@ def wrap(
     targets: Selector | Sequence[Selector] | None = None,
     exclude: Selector | Sequence[Selector] | None = None,
     name: str = "default",
+    data: Iterable[Any] | None = None,
     **hyperparameters: Any,
 ) -> nn.Module:
     """Adapt a model in place, ready to train: the same object comes back.
@@ -57,6 +60,9 @@ def wrap(
             head).
         exclude: which layers to leave alone after all.
         name: the adapter's name. Wrap again under another name to add an adapter.
+        data: some batches, for a method that takes its start from them, and an error for any other. A batch is what
+            the model's forward takes (a tuple is positional arguments, a mapping is keyword arguments), or a function
+            of the model that returns the loss.
         **hyperparameters: fields of the method, when it is given by name.
 
     Raises `SelectorError`, `UnsupportedLayerError`, `MethodError` or `StateError`, and then leaves the model as it was.
@@ -69,19 +75,21 @@ def wrap(
     """
     check_name(model, name)
     planned = plan(model, method, targets=targets, exclude=exclude, **hyperparameters)
-    built = [(site, made, build(site, made)) for site, made in planned.steps]
+    steps = observe(inner(model), planned.steps, data)
+    states = shared_states(steps)
+    built = [(site, made, build(site, made, shared_for(states, made))) for site, made in steps]
     known = record(model)
     active = (*known.active, name) if known else (name,)
-    return install(model, name, built, planned.roles, active)
+    return install(model, name, built, planned.roles, active, shared=list(states.values()))
 
 
-def build(site: Site, method: Method) -> Adapter | Activation | None:
+def build(site: Site, method: Method, shared: Shared | None = None) -> Adapter | Activation | None:
     """One method's adapter for one site, in the layer's train or eval mode. On the meta device nothing is computed."""
     if site.device.type == "meta":
         with torch.device("meta"):
-            adapter = method.adapter(site)
+            adapter = method.adapter(site, shared)
     else:
-        adapter = method.adapter(site)
+        adapter = method.adapter(site, shared)
     if adapter is None:
         return None
     if site.tied and method.scope == "parameters":
@@ -94,6 +102,10 @@ def build(site: Site, method: Method) -> Adapter | Activation | None:
         raise UnsupportedLayerError(
             f"{method.name}.adapter() must return a peftkit.{wanted.__name__} or None, got {type(adapter).__name__}"
         )
+    if shared is not None and any(module is shared.state for module in adapter.modules()):
+        raise UnsupportedLayerError(
+            f"{method.name}.adapter() must keep the handle that it is given, not its .state: that belongs to the model"
+        )
     return adapter.train(site.layer.training)
 
 
@@ -104,23 +116,29 @@ def install(
     roles: Any,
     active: tuple[str, ...],
     *,
+    shared: Sequence[State] = (),
     trainable: bool = True,
     in_place: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Put built adapters on the model under `name`, atomically, and make `active` what runs.
 
-    `in_place` holds new values for weights that are trained in place, by the weight's name.
+    `shared` is the state that sites share, with its method. `in_place` holds new values for weights that are trained
+    in place, by the weight's name.
     """
     values = in_place or {}
-    placements = tuple(
-        _placement(site, method, adapter, values) for site, method, adapter in built if adapter or site.unfrozen
-    )
     known = record(model)
-    _refuse_shared_in_place(known, placements)
     root = inner(model)
+    placements = (
+        *(_held(root, number, state) for number, state in enumerate(shared)),
+        *(_placement(site, method, adapter, values) for site, method, adapter in built if adapter or site.unfrozen),
+    )
+    _refuse_shared_in_place(known, placements)
     layers = {id(p.layer): p.layer for p in placements}
     others = {} if known is None else known.adapters
-    readers = _readers(root, [p for all_ in (*others.values(), placements) for p in all_ if p.adapter])
+    readers = _readers(root, [p for all_ in (*others.values(), placements) for p in all_])
+    watch = known.watch if known else None
+    if watch is None and any(follows_steps(p.method) for p in placements):
+        watch = Watch(root)
 
     def change() -> nn.Module:
         flags = known.flags if known else {path: p.requires_grad for path, p in root.named_parameters()}
@@ -138,7 +156,7 @@ def install(
                 set_running(layer, active)
         adapters = {**others, name: placements}
         swapped_readers = tuple(reader for reader, _ in readers)
-        new = Installed(adapters, active, flags, dict(roles), readers=swapped_readers)
+        new = Installed(adapters, active, flags, dict(roles), readers=swapped_readers, watch=watch)
         write_record(root, new)
         _fill_in_place(placements, values)
         return model
@@ -180,7 +198,7 @@ def remove(model: nn.Module, names: Iterable[str]) -> nn.Module:
     left = {name: placements for name, placements in known.adapters.items() if name not in gone}
     layers = known.layers(known.adapters)
     active = tuple(name for name in known.active if name in left)
-    readers = _readers(root, [p for placements in left.values() for p in placements if p.adapter])
+    readers = _readers(root, [p for placements in left.values() for p in placements])
 
     def change() -> nn.Module:
         for placement in (p for name in gone for p in known.adapters[name] if p.adapter is None):
@@ -249,6 +267,25 @@ def _placement(
     return Placement(site.path, site.weight, site.layer, method, adapter, learns, version)
 
 
+def _held(root: nn.Module, number: int, state: State) -> Placement:
+    """State that sites share: kept under a name that no parameter has."""
+    path, holder = holder_of(root, state.first)
+    if "adapters" in holder._modules and not isinstance(holder._modules["adapters"], Adapters):
+        raise UnsupportedLayerError(f"{path or 'the model'} has a submodule called 'adapters' of its own; rename it")
+    learns = frozenset(n for n, p in state.module.named_parameters() if p.requires_grad)
+    module = state.module.train(root.training)
+    return Placement(path, f"shared-{number}", holder, state.method, module, learns, shared=True)
+
+
+def holder_of(root: nn.Module, first: Site) -> tuple[str, nn.Module]:
+    """Where the state that sites share is kept: at the model itself, whose data parallel engines have it at hand
+    whenever the model runs; but at the first site where the model is a container, which another member would change.
+    """
+    if isinstance(root, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return first.path, first.layer
+    return "", root
+
+
 def _place(name: str, placement: Placement) -> None:
     """Register one adapter with its layer, and give the layer a class that runs it."""
     if placement.adapter is None:
@@ -263,7 +300,8 @@ def _place(name: str, placement: Placement) -> None:
         group = container._modules[name] = nn.ModuleDict()
         group.training = layer.training
     group._modules[placement.weight] = placement.adapter
-    _swap_for(layer, weight=placement.weight)
+    if not placement.shared:
+        _swap_for(layer, weight=placement.weight)
 
 
 def _fill_in_place(placements: Sequence[Placement], values: Mapping[str, Tensor]) -> None:
@@ -308,12 +346,11 @@ def _remove_from(layer: nn.Module, names: set[str], active: tuple[str, ...]) -> 
         return
     for name in names:
         container._modules.pop(name, None)
-    if container._modules:
-        set_running(layer, active)
-        return
-    del layer._modules["adapters"]
-    set_running(layer, ())
-    _swap_for(layer)
+    if not container._modules:
+        del layer._modules["adapters"]
+    if is_swapped(layer):
+        set_running(layer, active if container._modules else ())
+        _swap_for(layer)
 
 
 def _readers(root: nn.Module, placements: Sequence[Placement]) -> list[tuple[nn.Module, tuple[nn.Module, ...]]]:
@@ -322,6 +359,8 @@ def _readers(root: nn.Module, placements: Sequence[Placement]) -> list[tuple[nn.
     paths = {id(module): path for path, module in modules.items()}
     adapted: dict[str, set[str]] = {}
     for placement in placements:
+        if placement.adapter is None or placement.shared:
+            continue
         path = paths[id(placement.layer)]
         found = plugins.kind_of(base_class(placement.layer))
         bias = found[0].weights(placement.layer).get(placement.weight) if found else None
@@ -336,7 +375,7 @@ def _refuse_shared_in_place(known: Installed | None, placements: Sequence[Placem
     mine = {id(p.in_place()): p for p in placements if p.adapter is None}
     for placement in placements:
         same = mine.get(id(placement.layer._parameters.get(placement.weight)))
-        if placement.adapter is not None and same is not None:
+        if placement.adapter is not None and not placement.shared and same is not None:
             raise UnsupportedLayerError(
                 f"{placement.name} is one weight with {same.name}, which is trained in place, so no adapter can stand "
                 "on it; give it one method"

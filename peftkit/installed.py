@@ -26,7 +26,7 @@ class Placement:
     weight: str
     layer: nn.Module
     method: Method
-    adapter: Adapter | Activation | None
+    adapter: Adapter | Activation | nn.Module | None
     """None where the layer's own weight is trained in place."""
     learns: frozenset[str]
     """Which of the adapter's parameters the method trains."""
@@ -34,6 +34,8 @@ class Placement:
     """The weight's version counter when it was unfrozen, by which a change in place shows; None if it has
     changed already.
     """
+    shared: bool = False
+    """Whether this is no site but the state that the method's sites share, held at the model itself."""
 
     @property
     def name(self) -> str:
@@ -72,6 +74,8 @@ class Installed:
     """The originals that a merge replaced: layer, parameter name, parameter."""
     readers: tuple[nn.Module, ...] = ()
     """Modules whose class was swapped because they read an adapted weight themselves."""
+    watch: Any = None
+    """Lets methods know of optimizer steps (`peftkit.stepping`), where one of them wants to."""
 
     def placements(self, name: str) -> tuple[Placement, ...]:
         """Where the adapter `name` sits; `UnknownAdapterError` when there is none."""
@@ -82,8 +86,12 @@ class Installed:
             )
         return self.adapters[name]
 
+    def sites(self, name: str) -> list[Placement]:
+        """Where the adapter `name` sits, without the state that its sites share."""
+        return [placement for placement in self.placements(name) if not placement.shared]
+
     def layers(self, names: Iterable[str]) -> list[nn.Module]:
-        """The layers in which any of these adapters is installed, each once."""
+        """The layers in which any of these adapters is installed, each once; the model too, if it holds their state."""
         return list({id(p.layer): p.layer for name in names for p in self.adapters[name]}.values())
 
     def in_place(self, name: str) -> Placement | None:
@@ -101,6 +109,10 @@ class Adapters(nn.ModuleDict):
     def __init__(self) -> None:
         super().__init__()
         self.register_load_state_dict_pre_hook(_keep_own_values)  # type: ignore[no-untyped-call]
+
+    def forward(self, x: Any) -> Any:
+        """Nothing: an adapted `nn.Sequential` calls its members in turn, and this is one of them."""
+        return x
 
 
 def _keep_own_values(container: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -127,12 +127,18 @@ def param_groups(model: nn.Module, *, lr: float) -> list[dict[str, Any]]:
     >>> [len(group["params"]) for group in optimizer.param_groups]
     [2]
     """
-    by_method: dict[str, tuple[Method, dict[int, nn.Parameter]]] = {}
+    by_method: dict[str, tuple[Method, dict[int, nn.Parameter], list[Any]]] = {}
     for placements in installed(model).adapters.values():
         for placement in placements:
-            for _, p in placement.trained():
-                if p.requires_grad:
-                    by_method.setdefault(placement.method.key, (placement.method, {}))[1][id(p)] = p
+            trained = {id(p): p for _, p in placement.trained() if p.requires_grad}
+            if trained:
+                _, parameters, adapters = by_method.setdefault(placement.method.key, (placement.method, {}, []))
+                parameters.update(trained)
+                adapters += [] if placement.adapter is None or placement.shared else [placement.adapter]
     if not by_method:
         raise StateError("nothing is trainable; call peftkit.set_trainable(model, name) first")
-    return [group for method, mine in by_method.values() for group in method.param_groups(list(mine.values()), lr)]
+    return [
+        group
+        for method, parameters, adapters in by_method.values()
+        for group in method.param_groups(list(parameters.values()), lr, adapters)
+    ]

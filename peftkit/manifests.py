@@ -32,6 +32,7 @@ def describe(
     tensors: Mapping[str, Tensor],
     originals: Mapping[tuple[int, str], Tensor],
 ) -> dict[str, Any]:
+    placements = tuple(placement for placement in placements if not placement.shared)
     methods = {placement.method.key: placement.method for placement in placements}
     numbers = {key: number for number, key in enumerate(methods)}
     packages = {info.name: info for info in plugins.methods()}

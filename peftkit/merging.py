@@ -140,7 +140,7 @@ def _fold(
     """What changes: layer, parameter's name, its original, and its merged value. Nothing is changed yet."""
     paths: dict[int, tuple[str, nn.Module]] = {}
     for name in names:
-        for placement in known.adapters[name]:
+        for placement in known.sites(name):
             if isinstance(placement.adapter, Activation):
                 raise UnsupportedLayerError(
                     f"{placement.method.name} at {placement.path or 'the model'} has no weight form, "

@@ -2,15 +2,38 @@
 
 import dataclasses
 import json
+import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
-from peftkit.adapter import Activation, Adapter, Site
+from peftkit.adapter import Activation, Adapter, Observer, Shared, Site
 from peftkit.errors import FieldError, did_you_mean
 from peftkit.selectors import Selector
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFace:
+    """What a method is called in HF PEFT's adapter folders: with it, files go both ways and no core code knows of it.
+
+    A tensor of ours and its counterpart hold the same numbers in the same order, whatever their shapes.
+    """
+
+    peft_type: str
+    """The value of `peft_type` in `adapter_config.json`: `"LORA"`."""
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Our field → theirs: `{"rank": "r"}`."""
+    tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Our tensor of one adapter → theirs below the layer, without the adapter's name: `{"down": "lora_A.weight"}`."""
+    one_hot: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """The same on embeddings, where they differ."""
+    shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Our tensor of the shared state → theirs below the base model."""
+    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Entries of the configuration that tell this method from others of its type: `{"use_dora": True}`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +58,24 @@ class Method(ABC):
     """What a selector stands for: the weights that a layer kind knows as matrices (the common case); every parameter
     at or below the module, whatever its kind; or the module as a whole, for an `Activation`."""
 
+    matrices: ClassVar[bool] = True
+    """Whether the method can adapt a matrix."""
+
     vectors: ClassVar[bool] = False
     """Whether the method can adapt a vector (a norm's scale, a bias), which it sees as a matrix with one column."""
 
+    identity: ClassVar[bool] = True
+    """Whether a new adapter changes nothing, bit for bit."""
+
+    declines: ClassVar[Mapping[str, str]] = {}
+    """Layer kinds, by their class name, at which `adapter` raises `UnsupportedLayerError`, each with the reason."""
+
+    hf: ClassVar[HuggingFace | None] = None
+    """What the method is called in HF PEFT's files; None where that library has no such method."""
+
     affine: ClassVar[bool] = False
     """Whether `weight` and `bias` are affine in the trained parameters, and a new adapter changes nothing: then
-    `combine` can add up what adapters with equal fields have learned, parameter by parameter."""
+    `combine` can add up what adapters with equal fields have learned, parameter by parameter. Not with shared state."""
 
     default_targets: ClassVar[Selector | Sequence[Selector]] = "@linear"
     """What is adapted when the user names no targets."""
@@ -58,17 +93,50 @@ class Method(ABC):
             raise FieldError(f"{cls.name} takes at most {len(known)} values, got {len(args)}")
         return super().__new__(cls)
 
+    def shared(self, sites: Sequence[Site]) -> nn.Module | None:  # noqa: ARG002 - most methods share nothing
+        """State that all of this method's sites share, as one module: held once, saved once; None for none.
+
+        A method that has it must give every site an adapter. Like `adapter`, it must also run on the meta device.
+        """
+        return None
+
+    def observer(self, site: Site) -> Observer | None:  # noqa: ARG002 - most methods start from no data
+        """For a start that depends on data: what is to see the data at this site, before `adapter` is called."""
+        return None
+
     @abstractmethod
-    def adapter(self, site: Site, shared: Any = None) -> Adapter | Activation | None:
-        """The adapter for one site, or None to install nothing there.
+    def adapter(self, site: Site, shared: Shared | None = None) -> Adapter | Activation | None:
+        """The adapter for one site, or None to install nothing there. `shared.state` is what `shared` has returned.
 
         To train the layer's own weight, call `site.unfreeze()` and return None. It must also run when the site is on
         the meta device, where tensors have shapes and no values: that is how `plan` counts and how `load` prepares.
         """
 
-    def param_groups(self, parameters: Sequence[nn.Parameter], lr: float) -> list[dict[str, Any]]:
-        """Optimizer groups for this method's trainable parameters; by default one, with the learning rate given."""
+    def param_groups(
+        self,
+        parameters: Sequence[nn.Parameter],
+        lr: float,
+        adapters: Sequence[Adapter | Activation],  # noqa: ARG002 - only who tells their parameters apart asks for them
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups for this method's trainable parameters; by default one, with the learning rate given.
+
+        `adapters` are those that hold them, so that a method can tell one factor from another (LoRA+).
+        """
         return [{"params": list(parameters), "lr": lr}]
+
+    def before_step(self, adapters: Sequence[Adapter | Activation], shared: Any) -> None:  # noqa: B027 - optional
+        """Called before each step of an optimizer that trains these adapters, under `no_grad`, gradients complete.
+
+        The place for a regulariser: add its gradient to each `p.grad`. Then it counts once a step, however the loss
+        was scaled and over however many batches it was accumulated. Arguments as for `after_step`.
+        """
+
+    def after_step(self, adapters: Sequence[Adapter | Activation], shared: Any) -> None:  # noqa: B027 - optional
+        """Called after each step of an optimizer that trains these adapters, under `no_grad`, gradients still there.
+
+        `adapters` are all that this method has in one named adapter, `shared` is their shared state or None. Change
+        tensors in place; keep what must last (a count of steps, say) in buffers, which are saved.
+        """
 
     def from_factors(self, up: Tensor, down: Tensor) -> "tuple[Method, dict[str, Tensor]] | None":  # noqa: ARG002
         """For `combine`: a method otherwise like this one, and the state of its adapter that makes `w + up @ down`.
@@ -103,6 +171,33 @@ class Method(ABC):
         """Raise a `FieldError` that names the field, what it must be and what it is, unless `condition` holds."""
         if not condition:
             raise FieldError(f"{self.name}: {field} must be {wants}, got {getattr(self, field)!r}")
+
+    def require_whole(self, *fields: str, least: int = 1) -> None:
+        """Each of these fields must be a whole number of at least `least`."""
+        for field in fields:
+            value: Any = getattr(self, field)
+            self.require(type(value) is int and value >= least, field, f"a whole number of at least {least}")
+
+    def require_number(
+        self, *fields: str, least: float | None = None, above: float | None = None, below: float | None = None
+    ) -> None:
+        """Each of these fields must be a finite number, within the bounds given."""
+        bounds = [
+            ("from", least, operator.ge),
+            ("above", above, operator.gt),
+            ("below", below, operator.lt),
+        ]
+        words = " ".join(f"{word} {bound:g}" for word, bound, _ in bounds if bound is not None)
+        for field in fields:
+            value: Any = getattr(self, field)
+            fits = type(value) in (int, float) and math.isfinite(value)
+            fits = fits and all(holds(value, bound) for _, bound, holds in bounds if bound is not None)
+            self.require(fits, field, f"a finite number {words}".rstrip())
+
+    def require_bool(self, *fields: str) -> None:
+        """Each of these fields must be True or False."""
+        for field in fields:
+            self.require(isinstance(getattr(self, field), bool), field, "True or False")
 
     def __str__(self) -> str:
         """The name, with the fields that differ from their defaults: `lora(rank=16)`."""

@@ -4,14 +4,15 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 
 from peftkit import plugins
-from peftkit.adapter import Site
+from peftkit.adapter import Shared, Site
 from peftkit.composition import base_class
 from peftkit.errors import FieldError, SelectorError
 from peftkit.installed import inner
@@ -64,14 +65,18 @@ class Plan:
 
     @functools.cached_property
     def rows(self) -> tuple[Row, ...]:
-        """One row a weight."""
+        """One row a weight; before them, one for each state that sites share."""
         counts: dict[Any, tuple[int, bool]] = {}
         trained_in_place: set[int] = set()
         rows = []
+        states = shared_states([(site.on_meta(), method) for site, method in self.steps])
+        for state in states.values():
+            trainable = sum(p.numel() for p in state.module.parameters() if p.requires_grad)
+            rows.append(Row("", "", "(shared)", (), (), str(state.method), trainable))
         for site, method in self.steps:
             key = (method.key, type(site.kind), site.shape, site.dtype, site.weight if site.kind else site.path)
             if key not in counts:
-                counts[key] = _dry_run(site, method)
+                counts[key] = _dry_run(site, method, shared_for(states, method))
             trainable, in_place = counts[key]
             if in_place:
                 original = id(site.layer._parameters.get(site.weight))
@@ -175,11 +180,45 @@ def _as_selectors(value: Any) -> tuple[Selector, ...]:
     return selectors
 
 
-def _dry_run(site: Site, method: Method) -> tuple[int, bool]:
+class State(NamedTuple):
+    """What one method's sites share."""
+
+    method: Method
+    module: nn.Module
+    first: Site
+    """The first of the sites."""
+
+
+def shared_states(steps: Sequence[tuple[Site, Method]]) -> dict[str, State]:
+    """The state that sites share, by the key of the method that has it, in the order of the methods' first sites."""
+    sites: dict[str, tuple[Method, list[Site]]] = {}
+    for site, method in steps:
+        if type(method).shared is not Method.shared:
+            sites.setdefault(method.key, (method, []))[1].append(site)
+    states = {}
+    for key, (method, mine) in sites.items():
+        with torch.device("meta") if mine[0].device.type == "meta" else nullcontext():
+            state = method.shared(mine)
+        if state is None:
+            continue
+        if not isinstance(state, nn.Module):
+            raise FieldError(f"{method.name}.shared() must return an nn.Module or None, got {type(state).__name__}")
+        states[key] = State(method, state, mine[0])
+    return states
+
+
+def shared_for(states: Mapping[str, State], method: Method) -> Shared | None:
+    """The handle on the state that a method shares, or None."""
+    if type(method).shared is Method.shared or method.key not in states:
+        return None
+    return Shared(states[method.key].module)
+
+
+def _dry_run(site: Site, method: Method, shared: Shared | None) -> tuple[int, bool]:
     """How many parameters the method would train at a site, and whether in place."""
     rehearsal = site.on_meta()
     with torch.device("meta"):
-        adapter = method.adapter(rehearsal)
+        adapter = method.adapter(rehearsal, shared)
     if rehearsal.unfrozen:
         return site.layer._parameters[site.weight].numel(), True  # type: ignore[union-attr]
     return sum(p.numel() for p in adapter.parameters() if p.requires_grad) if adapter is not None else 0, False

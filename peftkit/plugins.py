@@ -2,29 +2,28 @@
 
 * Listing reads package metadata and imports nothing. A plugin that is not asked for is never imported.
 * Built-ins go through the same hooks as everybody else's; a third party cannot take a built-in's name.
-* One broken plugin breaks only itself: what failed is unregistered, and the error names package, version and cause.
+* One broken plugin breaks only itself: the error names package, version, cause and remedy.
+
+docs/plugins.md describes states and variables. Metadata is read in `discovery`, plugins are imported in `loading`.
 """
 
+import contextlib
 import functools
 import importlib
-import importlib.metadata
 import pkgutil
-import threading
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint
-from typing import Any
 
-import pluggy
 from torch import nn
 
-from peftkit import __version__, hookspecs, layers
+from peftkit import __version__, discovery, layers, loading
+from peftkit.discovery import Claim
 from peftkit.errors import PluginError, UnknownMethodError, did_you_mean
 from peftkit.layers.kind import LayerKind, Parameter
 from peftkit.method import Method
 
-_METHODS_GROUP = "peftkit.methods"
-_LAYERS_GROUP = "peftkit.layers"
+_OUT_OF_ORDER = ("broken", "incompatible", "ambiguous")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +44,46 @@ class MethodInfo:
         return f"{self.name} ({self.package} {self.version})"
 
 
+@dataclass(frozen=True, slots=True)
+class PluginInfo:
+    """One entry point of an installed package, and what became of it."""
+
+    group: str
+    """`"methods"` or `"layers"`."""
+    name: str
+    """Of the method; or the qualified name of the layer's class."""
+    package: str
+    version: str
+    target: str
+    """What would be imported: `"module"` or `"module:attribute"`."""
+    state: str
+    """`"available"`, `"loaded"`, `"disabled"`, `"incompatible"`, `"broken"` or `"ambiguous"`."""
+    detail: str
+    """The reason, where the state needs one."""
+
+
 def methods() -> list[MethodInfo]:
-    """Every installed method, sorted by name. Reads metadata only: imports no plugin.
+    """Every installed method that is not disabled, sorted by name. Reads metadata only: imports no plugin.
 
     >>> import peftkit
     >>> "lora" in [info.name for info in peftkit.methods()]
     True
     """
-    builtin = _builtin_names()
-    found = {MethodInfo(name, "peftkit", __version__) for name in builtin}
-    points = _entry_points(_METHODS_GROUP)
-    found |= {MethodInfo(point.name, *_origin(point)) for point in points if point.name not in builtin}
+    claims = _read_again()
+    _refuse_disorder(claims)
+    builtin = _builtin_methods()
+    found = {MethodInfo(claim.name, claim.package, claim.version) for claim in builtin.values()}
+    for claim in claims:
+        if claim.group == "methods" and claim.name not in builtin and not discovery.disabled_by(claim.package):
+            found.add(MethodInfo(claim.name, claim.package, claim.version))
     return sorted(found, key=lambda info: (info.name, info.package))
 
 
 def method(name: str) -> type[Method]:
     """The class of the method called `name`; its package is imported now, if it was not before.
 
-    Raises `UnknownMethodError` when nothing installed offers it, `PluginError` when what offers it cannot be loaded.
+    Raises `UnknownMethodError` when nothing installed offers it, `PluginError` when what offers it cannot be loaded,
+    or is disabled.
 
     >>> import peftkit
     >>> peftkit.method("lora") is peftkit.LoRA
@@ -71,146 +92,153 @@ def method(name: str) -> type[Method]:
     Traceback (most recent call last):
     peftkit.errors.UnknownMethodError: no method called 'loar' is installed; did you mean 'lora'? Installed: ...
     """
-    with _lock:
-        if name not in _loaded:
-            _loaded[name] = _load(name)
-        return _loaded[name]
+    claim = _builtin_methods().get(name)
+    if claim is None or discovery.is_set(discovery.STRICT):
+        claims = _read_again()
+        _refuse_disorder(claims)
+        claim = claim or _chosen("methods", name, claims)
+        if claim is None:
+            raise _unknown(name, claims)
+    found: type[Method] = loading.load(claim)
+    return found
 
 
-_lock = threading.RLock()
-_loaded: dict[str, type[Method]] = {}
-_kinds: "weakref.WeakKeyDictionary[type, tuple[LayerKind, type] | None]" = weakref.WeakKeyDictionary()
+def plugins() -> list[PluginInfo]:
+    """Every entry point that an installed package has for peftkit, with its state. Imports nothing, and never raises.
 
-
-@functools.cache
-def _manager() -> pluggy.PluginManager:
-    manager = pluggy.PluginManager("peftkit")
-    manager.add_hookspecs(hookspecs)
-    return manager
-
-
-def _builtin_names() -> list[str]:
-    package = importlib.import_module("peftkit.methods")  # the attribute of that name is the function above
-
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-
-
-def _entry_points(group: str) -> list[EntryPoint]:
-    """Entry points of a group, each once: an editable install can list its own twice."""
-    seen: dict[tuple[str, str, str], EntryPoint] = {}
-    for point in importlib.metadata.entry_points(group=group):
-        seen.setdefault((point.name, point.value, _origin(point)[0]), point)
-    return list(seen.values())
-
-
-def _origin(point: EntryPoint) -> tuple[str, str]:
-    """Name and version of the distribution that an entry point belongs to."""
-    return (point.dist.name, point.dist.version) if point.dist else ("unknown package", "?")
-
-
-def _load(name: str) -> type[Method]:
-    if name in _builtin_names():
-        return _offered(importlib.import_module(f"peftkit.methods.{name}"), name, f"peftkit {__version__}")
-    points = [point for point in _entry_points(_METHODS_GROUP) if point.name == name]
-    if not points:
-        known = sorted({info.name for info in methods()})
-        raise UnknownMethodError(
-            f"no method called {name!r} is installed{did_you_mean(name, known) or ';'} Installed: {', '.join(known)}"
-        )
-    if len(points) > 1:
-        owners = " and ".join(" ".join(_origin(point)) for point in points)
-        raise PluginError(f"method {name!r} is offered by {owners}; uninstall all but one of them")
-    owner = " ".join(_origin(points[0]))
-    try:
-        plugin = points[0].load()
-    except Exception as error:
-        raise PluginError(
-            f"cannot load method {name!r} from {owner}: {type(error).__name__}: {error}; "
-            "mend or uninstall that package (no other method is touched by it)"
-        ) from error
-    return _offered(plugin, name, owner)
-
-
-def _offered(plugin: Any, name: str, owner: str) -> type[Method]:
-    """Register a plugin and pick the method `name` from what it offers; leave nothing behind if that fails."""
-    manager = _manager()
-    before = manager.is_registered(plugin)
-    try:
-        if not before:
-            manager.register(plugin)
-            manager.check_pending()
-        offered = _answers(manager.hook.peftkit_methods, plugin)
-        found = [m for m in offered if isinstance(m, type) and issubclass(m, Method) and m.name == name]
-        if len(found) != 1:
-            raise PluginError(  # noqa: TRY301 - it gets the package's name below, as every other fault does
-                f"its hook peftkit_methods offers {[getattr(m, 'name', m) for m in offered]}, not {name!r} once"
-            )
-    except Exception as error:
-        if not before and manager.is_registered(plugin):
-            manager.unregister(plugin)
-        raise PluginError(f"cannot load method {name!r} from {owner}: {type(error).__name__}: {error}") from error
-    return found[0]
-
-
-def _answers(hook: pluggy.HookCaller, plugin: Any) -> list[Any]:
-    """What one plugin answers to a hook; the other plugins are not asked."""
-    answers: list[Any] = [each.function() for each in hook.get_hookimpls() if each.plugin is plugin]
-    return [offered for answer in answers for offered in answer]
+    >>> from peftkit.plugins import plugins
+    >>> [plugin.name for plugin in plugins() if plugin.package == "peftkit"]  # built-ins need no entry point
+    []
+    """
+    claims = _read_again()
+    return [PluginInfo(c.group, c.name, c.package, c.version, c.target, *_state(c, claims)) for c in claims]
 
 
 def kind_of(layer_class: type[nn.Module]) -> tuple[LayerKind, type] | None:
     """The kind that serves a layer class, and the class in its ancestry that the kind was written for; None
     if there is none.
+
+    Raises `PluginError` when a plugin offers the kind, and cannot be loaded.
     """
-    try:
-        return _kinds[layer_class]
-    except KeyError:
-        with _lock:
-            found = _kinds[layer_class] = _find_kind(layer_class)
-        return found
+    settings = discovery.settings()
+    known = _kinds.get(layer_class)
+    if known is None or known[0] != settings:
+        with loading.lock:
+            known = _kinds[layer_class] = (settings, _find_kind(layer_class))
+    return known[1]
 
 
 parameter_kind = Parameter()
 """Serves any parameter that no other kind does."""
 
+# Each with the settings under which it was found: what is disabled later is not used any more.
+_kinds: "weakref.WeakKeyDictionary[type, tuple[object, tuple[LayerKind, type] | None]]" = weakref.WeakKeyDictionary()
+
 
 def _find_kind(layer_class: type) -> tuple[LayerKind, type] | None:
+    claims = _claims()
+    _refuse_disorder(claims)
     for ancestor in layer_class.__mro__:
-        kind = _kind_named(f"{ancestor.__module__}.{ancestor.__qualname__}")
-        if kind is not None:
-            return kind, ancestor
+        name = f"{ancestor.__module__}.{ancestor.__qualname__}"
+        if name in _builtin_kinds():
+            return _builtin_kinds()[name], ancestor
+        claim = _chosen("layers", name, claims)
+        if claim is not None:
+            return loading.load(claim), ancestor
     return None
 
 
 @functools.cache
-def _kind_named(qualified_name: str) -> LayerKind | None:
-    builtin = _builtin_kinds().get(qualified_name)
-    if builtin is not None:
-        return builtin
-    points = [point for point in _layer_points() if point.name == qualified_name]
-    if not points:
-        return None
-    owners = " and ".join(" ".join(_origin(point)) for point in points)
-    if len(points) > 1:
-        raise PluginError(f"layer kind {qualified_name!r} is offered by {owners}; uninstall all but one of them")
-    try:
-        kinds: list[type[LayerKind]] = [k for k in points[0].load().peftkit_layers() if k.serves == qualified_name]
-    except Exception as error:
-        raise PluginError(
-            f"cannot load layer kind {qualified_name!r} from {owners}: {type(error).__name__}: {error}"
-        ) from error
-    if len(kinds) != 1:
-        raise PluginError(f"{owners} offers no layer kind that serves {qualified_name!r}, though its metadata says so")
-    return kinds[0]()
+def _claims() -> tuple[Claim, ...]:
+    """What is installed. Kept, because a model has many layer classes to look up; each listing reads it again."""
+    return tuple(discovery.claims())
+
+
+def _read_again() -> tuple[Claim, ...]:
+    _claims.cache_clear()
+    _kinds.clear()
+    return _claims()
 
 
 @functools.cache
-def _layer_points() -> list[EntryPoint]:
-    return _entry_points(_LAYERS_GROUP)
+def _builtin_methods() -> dict[str, Claim]:
+    package = importlib.import_module("peftkit.methods")  # the attribute of that name is the function above
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    return {name: Claim("methods", name, "peftkit", __version__, f"peftkit.methods.{name}") for name in names}
 
 
 @functools.cache
 def _builtin_kinds() -> dict[str, LayerKind]:
-    manager = _manager()
-    manager.register(layers)
-    return {kind.serves: kind() for kind in _answers(manager.hook.peftkit_layers, layers)}
+    offered = loading.offers(Claim("layers", "", "peftkit", __version__, layers.__name__))
+    return {kind.serves: kind() for kind in offered}
+
+
+def _chosen(group: str, name: str, claims: Iterable[Claim]) -> Claim | None:
+    """The one claim on a name that the environment allows; None where there is none."""
+    allowed = _rivals(group, name, claims)
+    if len(allowed) > 1:
+        owners = " and ".join(f"{claim.owner} ({claim.target})" for claim in allowed)
+        remedies = " or ".join(dict.fromkeys(f"{discovery.DENY}={claim.package}" for claim in allowed))
+        raise PluginError(
+            f"{loading.noun(group)} {name!r} is offered by {owners}; uninstall all but one of them, or set {remedies}"
+        )
+    return allowed[0] if allowed else None
+
+
+def _rivals(group: str, name: str, claims: Iterable[Claim]) -> list[Claim]:
+    named = [claim for claim in claims if (claim.group, claim.name) == (group, name)]
+    return [claim for claim in named if not discovery.disabled_by(claim.package)]
+
+
+def _unknown(name: str, claims: Iterable[Claim]) -> UnknownMethodError | PluginError:
+    """What to say of a name that nothing offers, or nothing that the environment allows."""
+    for claim in claims:
+        if (claim.group, claim.name) == ("methods", name):
+            reason = discovery.disabled_by(claim.package)
+            return PluginError(f"method {name!r} is offered by {claim.owner}, which is disabled: {reason}")
+    known = sorted({info.name for info in methods()})
+    hint = discovery.where_to_find(name)
+    hint = f"; {hint}." if hint else did_you_mean(name, known) or ";"
+    return UnknownMethodError(f"no method called {name!r} is installed{hint} Installed: {', '.join(known)}")
+
+
+def _state(claim: Claim, claims: Iterable[Claim]) -> tuple[str, str]:
+    """State and detail, as `PluginInfo` has them; the first that applies."""
+    disabled = discovery.disabled_by(claim.package)
+    if disabled:
+        return "disabled", disabled
+    if claim.name in (_builtin_methods() if claim.group == "methods" else _builtin_kinds()):
+        return "ambiguous", "the name is a built-in's, and the built-in is used"
+    misfit = discovery.misfit(claim)
+    if misfit[0]:
+        return misfit
+    others = [other for other in _rivals(claim.group, claim.name, claims) if other != claim]
+    if others:
+        return "ambiguous", "also offered by " + " and ".join(f"{other.owner} ({other.target})" for other in others)
+    return loading.state(claim)
+
+
+def _refuse_disorder(claims: tuple[Claim, ...]) -> None:
+    """In strict mode, load all that is not disabled, and refuse to go on if any of it is out of order."""
+    if not discovery.is_set(discovery.STRICT):
+        return
+    with loading.lock:
+        key = (discovery.settings(), claims)
+        if key in _in_order:
+            return
+        _in_order.add(key)  # before the loading, because a plugin may ask for another one while it is imported
+        faults = [fault for fault in (_fault(claim, claims) for claim in claims) if fault]
+        if faults:
+            _in_order.discard(key)
+            raise PluginError(f"{discovery.STRICT} is set, and not every plugin is in order: " + "; ".join(faults))
+
+
+_in_order: set[tuple[object, ...]] = set()
+
+
+def _fault(claim: Claim, claims: Iterable[Claim]) -> str:
+    if _state(claim, claims)[0] == "available":
+        with contextlib.suppress(PluginError):
+            loading.load(claim)
+    state, detail = _state(claim, claims)
+    return f"{claim.name!r} of {claim.owner} is {state}: {detail}" if state in _OUT_OF_ORDER else ""

@@ -150,22 +150,27 @@ class Resolution:
         layer = candidate.module
         found = plugins.kind_of(base_class(layer))
         if candidate.parameter is None:
-            if found is not None:
+            if found is not None and method.matrices:
                 for weight in found[0].weights(layer):
                     if _fits(found[0], layer, weight):
                         yield self._site(layer, weight)
             return
         raw = raw_parameter(layer, candidate.parameter)
-        if (found and candidate.parameter in found[0].weights(layer)) or raw.dim() >= 2 or method.vectors:
+        is_weight = found is not None and candidate.parameter in found[0].weights(layer)
+        if method.matrices if is_weight or raw.dim() >= 2 else method.vectors:
             yield self._site(layer, candidate.parameter)
 
-    def _all_parameters(self, candidate: Candidate, method: Method) -> Iterator[Site]:  # noqa: ARG002
-        """One parameter; or every parameter at or below a module. A shared one stands at its first holder, once."""
+    def _all_parameters(self, candidate: Candidate, method: Method) -> Iterator[Site]:
+        """One parameter; or every parameter at or below a module that the method can adapt. A shared one stands at
+        its first holder, once.
+        """
         for module in [candidate.module] if candidate.parameter else candidate.module.modules():
             if id(module) not in self.paths:
                 continue
             for name, p in _parameters(module):
-                if p is not None and p.is_floating_point() and candidate.parameter in (None, name):
+                if p is None or not p.is_floating_point() or candidate.parameter not in (None, name):
+                    continue
+                if method.matrices if is_lazy(p) or p.dim() >= 2 else method.vectors:
                     yield self._site(*self._holders[id(p)][0])
 
     def _module(self, candidate: Candidate, method: Method) -> Iterator[Site]:  # noqa: ARG002
@@ -217,7 +222,9 @@ class Resolution:
             f" and {len(matching) - 1} more" if matching[1:] else ""
         )
         if first.parameter is not None:
-            return f"{text}, a vector, which {method.name} cannot adapt; {method.name} adapts matrices"
+            is_vector = raw_parameter(first.module, first.parameter).dim() < 2
+            what, adapts = ("vector", "matrices") if is_vector else ("matrix", "vectors")
+            return f"{text}, a {what}, which {method.name} cannot adapt; {method.name} adapts {adapts}"
         if first.module._modules:
             below = f"{first.path}.**" if first.path else "**"
             return f"{text}, a container and no layer that {method.name} can adapt; for what is below, write {below!r}"
@@ -250,7 +257,17 @@ def site_of(path: str, layer: nn.Module, weight: str) -> Site:
 def module_site(path: str, module: nn.Module) -> Site:
     """The site of a module as a whole: dtype and device are those of its first floating point parameter."""
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    return Site(path, "module", module, None, (), adapter_dtype(like.dtype), like.device)
+    return Site(path, "module", module, None, (), adapter_dtype(like.dtype), like.device, features=_features(module))
+
+
+def _features(module: nn.Module) -> int | None:
+    """How many features the last layer within a module puts out, of those that have a kind; a norm counts as one."""
+    for layer in reversed(list(modules_of(module).values())):
+        found = plugins.kind_of(base_class(layer))
+        features = (found[0] if found else plugins.parameter_kind).features(layer)
+        if features is not None:
+            return features
+    return None
 
 
 def find_model_roles(model: nn.Module) -> dict[str, frozenset[str]]:

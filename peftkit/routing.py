@@ -240,7 +240,7 @@ def _routed(
 def _refuse_what_cannot_be_routed(root: nn.Module, known: Installed, chosen: tuple[str, ...], dim: int) -> None:
     read = {id(layer): reader for reader in known.readers for layer in state_of(reader).reads}
     for name in chosen:
-        for placement in known.adapters[name]:
+        for placement in known.sites(name):
             where = placement.path or "the model"
             if isinstance(placement.adapter, Activation):
                 raise UnsupportedLayerError(f"{placement.method.name} at {where} surrounds a whole layer; {REMEDY}")

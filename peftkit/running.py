@@ -15,11 +15,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftkit import checkpoints
 from peftkit.adapter import Activation, Adapter, Base, LowRank
-from peftkit.composition import RUNNING, Routing, Running, adapters_in, base_class, raw_parameter, running_in, state_of
+from peftkit.composition import (
+    RUNNING,
+    Routing,
+    Running,
+    adapters_in,
+    base_class,
+    no_autocast,
+    raw_parameter,
+    running_in,
+    state_of,
+)
+from peftkit.layers.kind import LayerKind
 from peftkit.recipe import forget, recipes
 
 
@@ -73,13 +84,20 @@ def _running(layer: nn.Module, sites: dict[str, dict[str, Any]]) -> Running:
     fused = None
     if len(weights) == 1 and state.fast is not None and state.fast.fuses(layer):
         (weight,) = weights
-        if state.kinds[weight] == state.fast and all(adds_low_rank(sites[n][weight]) for n in names):
+        adapters = [sites[n][weight] for n in names]
+        sums = all(adds_low_rank(adapter) for adapter in adapters)
+        if state.kinds[weight] == state.fast and (sums or (len(adapters) == 1 and _is_low_rank(adapters[0]))):
             fused = weight
     return Running(names, around, fused)
 
 
 def adds_low_rank(adapter: nn.Module) -> bool:
     """Whether all that the adapter does is to add its product to the weight, so that several of them are a sum."""
+    return _is_low_rank(adapter) and type(adapter).gain is LowRank.gain  # type: ignore[attr-defined]
+
+
+def _is_low_rank(adapter: nn.Module) -> bool:
+    """Whether its factors, with its gain if it has one, are all that the adapter is."""
     if not isinstance(adapter, LowRank):
         return False
     return type(adapter).weight is LowRank.weight and type(adapter).bias is Adapter.bias
@@ -187,5 +205,25 @@ def _run_fused(layer: nn.Module, running: Running, weight: str, x: Any) -> Any:
         start = adapter.start()
         if start is not None:
             delta = delta - kind.low_rank(layer, x, start[0].to(y.dtype), start[1].to(y.dtype), scale, 0.0)
-        y = y + delta
+        gain = None if adds_low_rank(adapter) else _gain(layer, kind, weight, adapter)
+        if gain is None:
+            y = y + delta
+            continue
+        # As an excess over 1, so that a gain of 1 changes no bit, and in half precision a small one is not lost.
+        excess, factor = (kind.per_output(layer, g.squeeze(-1).to(y.dtype)) for g in (gain - 1, gain))
+        product = (
+            y - kind.per_output(layer, raw_parameter(layer, bias))
+            if bias and layer._parameters[bias] is not None
+            else y
+        )
+        y = y + excess * product + factor * delta
     return y
+
+
+def _gain(layer: nn.Module, kind: LayerKind, weight: str, adapter: LowRank) -> Tensor | None:
+    """The factor of each row, in the adapter's own dtype, without autocast: as in the definition."""
+    raw = raw_parameter(layer, weight).detach()
+    with no_autocast(raw.device.type):
+        own = next(adapter.parameters()).dtype
+        gain: Tensor | None = adapter("gain", kind.matrix(layer, weight, raw).to(torch.promote_types(raw.dtype, own)))
+    return gain

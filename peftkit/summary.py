@@ -81,7 +81,7 @@ def summary(model: nn.Module) -> Summary:
             AdapterSummary(
                 name=name,
                 methods=tuple(dict.fromkeys(str(placement.method) for placement in placements)),
-                layers=len({id(placement.layer) for placement in placements}),
+                layers=len({id(placement.layer) for placement in placements if not placement.shared}),
                 parameters=sum(p.numel() for p in parameters.values()),
                 trainable=sum(p.numel() for p in parameters.values() if p.requires_grad),
                 bytes=nbytes(tensors),

@@ -20,11 +20,11 @@ DOCS = REPOSITORY / "docs"
 
 # Imports only point up this list: a module may import those before it.
 ORDER = [
-    "errors", "globs", "selectors", "roles", "tables", "hookspecs", "layers.kind", "layers.attention", "layers.conv", "layers.embedding",
+    "errors", "discovery", "globs", "selectors", "roles", "tables", "hookspecs", "layers.kind", "layers.attention", "layers.conv", "layers.embedding",
     "layers.linear", "layers.recurrent",
-    "layers", "adapter", "method", "plugins", "readers", "recipe", "composition", "checkpoints", "running", "swap", "installed",
-    "resolve", "plan", "install", "combining", "lifecycle", "routing", "merging",
-    "rehearsal", "drift", "verifying", "summary", "manifests", "files", "methods", "methods.frozen", "methods.full", "methods.lora",
+    "layers", "adapter", "method", "loading", "plugins", "readers", "recipe", "composition", "checkpoints", "running", "swap", "installed",
+    "rehearsal", "observing", "stepping", "resolve", "plan", "install", "combining", "lifecycle", "routing", "merging",
+    "drift", "verifying", "summary", "manifests", "files", "methods", "methods.frozen", "methods.full", "methods.lora",
 ]  # fmt: skip
 
 PUBLIC = [getattr(peftkit, name) for name in peftkit.__all__ if hasattr(getattr(peftkit, name), "__qualname__")]

@@ -22,3 +22,7 @@ class MultiheadAttention(LayerKind):
         """`[3 * embed, embed]` packed; `[embed, embed]`, `[embed, kdim]` or `[embed, vdim]` separate."""
         fan_in = {"k_proj_weight": layer.kdim, "v_proj_weight": layer.vdim}.get(weight, layer.embed_dim)
         return ((3 if weight == "in_proj_weight" else 1) * layer.embed_dim, fan_in)
+
+    def features(self, layer: Any) -> int:
+        """The attention's own output, `embed_dim` wide."""
+        return int(layer.embed_dim)

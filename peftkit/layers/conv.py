@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
@@ -41,6 +42,25 @@ class _Conv(LayerKind):
     def restore(self, layer: _ConvNd, weight: str, m: Tensor) -> Tensor:
         """Unflatten each row into a kernel."""
         return m.reshape(-1, *self._kernel(layer))
+
+    def per_output(self, layer: _ConvNd, v: Tensor) -> Tensor:
+        """A channel each, before the spatial dimensions."""
+        return v.reshape(-1, *(1 for _ in layer.kernel_size))
+
+    def features(self, layer: _ConvNd) -> int:
+        """Its output channels."""
+        return layer.out_channels
+
+    def rows(self, layer: Any, weight: str, x: Tensor) -> Tensor | None:
+        """Every patch of the input, as the layer's stride, dilation and padding cut it; a group's own, one by one.
+
+        A convolution with the unit vectors for kernels cuts them out.
+        """
+        fan_in = self.shape(layer, weight)[1]
+        units = torch.eye(fan_in, dtype=x.dtype, device=x.device).reshape(-1, *self._kernel(layer))
+        x = x if x.dim() == len(layer.kernel_size) + 2 else x.unsqueeze(0)
+        patches: Tensor = layer._conv_forward(x, units.repeat(layer.groups, *(1 for _ in units.shape[1:])), None)
+        return patches.reshape(len(x), layer.groups, fan_in, -1).mT.reshape(-1, fan_in)
 
     def fuses(self, layer: _ConvNd) -> bool:
         """Always: padding modes, strides, dilation and groups are the layer's own."""
@@ -96,6 +116,9 @@ class _ConvTranspose(_Conv):
         """Undo `matrix`."""
         w = m.reshape(layer.groups, -1, *self._kernel(layer)).transpose(1, 2)
         return w.flatten(0, 1)
+
+    def rows(self, layer: Any, weight: str, x: Tensor) -> None:
+        """Its matrix has rows for output channels, and its input is spread over them: no vector is its row's input."""
 
     def plain(self, layer: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """The transposed convolution."""

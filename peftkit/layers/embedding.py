@@ -41,6 +41,10 @@ class Embedding(LayerKind):
             return w
         return _DenseGradient.apply(w)  # type: ignore[no-untyped-call, no-any-return]
 
+    def features(self, layer: nn.Embedding) -> int:
+        """Its dimension."""
+        return layer.embedding_dim
+
     def fuses(self, layer: nn.Embedding) -> bool:
         """Not with `max_norm` or `scale_grad_by_freq`: these act on whole rows of the adapted weight."""
         return layer.max_norm is None and not layer.scale_grad_by_freq

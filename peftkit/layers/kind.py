@@ -77,6 +77,21 @@ class LayerKind(ABC):
         """
         raise NotImplementedError
 
+    def per_output(self, layer: Any, v: Tensor) -> Tensor:
+        """View `v` `[out]`, one value for each row of the matrix, so that it broadcasts against the layer's output."""
+        return v
+
+    def features(self, layer: Any) -> int | None:
+        """How many features the layer puts out; None where it is no layer with an output of its own."""
+        return None
+
+    def rows(self, layer: Any, weight: str, x: Any) -> Tensor | None:
+        """The vectors `[n, in]` that the matrix of `weight` is applied to when the layer gets the input `x`.
+
+        For methods that start from data. None where the kind cannot say.
+        """
+        return None
+
     def handed(self, layer: Any, weight: str, w: Tensor) -> Tensor:
         """The adapted weight as the layer's forward gets it, when all else is done with it."""
         return w
@@ -122,6 +137,12 @@ class Parameter(LayerKind):
         """Undo `matrix`."""
         raw: Any = layer._parameters[weight]
         return m.mT if _is_transposed(layer, raw) else m.reshape(raw.shape)
+
+    def features(self, layer: nn.Module) -> int | None:
+        """The length of its vectors, for a module that holds nothing else, as a norm does."""
+        own = [p for p in layer._parameters.values() if p is not None]
+        lengths = {p.numel() for p in own if p.dim() == 1}
+        return lengths.pop() if len(lengths) == 1 and all(p.dim() == 1 for p in own) else None
 
 
 def _is_transposed(layer: nn.Module, w: Tensor) -> bool:

@@ -24,6 +24,14 @@ class Linear(LayerKind):
         """`[out_features, in_features]`."""
         return (layer.out_features, layer.in_features)
 
+    def features(self, layer: Any) -> int:
+        """The rows of its matrix."""
+        return self.shape(layer, "weight")[0]
+
+    def rows(self, layer: Any, weight: str, x: Tensor) -> Tensor:
+        """The input with its leading dimensions flattened."""
+        return x.reshape(-1, x.shape[-1])
+
     def fuses(self, layer: nn.Linear) -> bool:
         """Always."""
         return True
@@ -63,6 +71,10 @@ class Bilinear(LayerKind):
     def restore(self, layer: nn.Bilinear, weight: str, m: Tensor) -> Tensor:
         """Unflatten each row into a form."""
         return m.reshape(-1, layer.in1_features, layer.in2_features)
+
+    def features(self, layer: nn.Bilinear) -> int:
+        """The rows of its matrix."""
+        return layer.out_features
 
 
 class Conv1D(Linear):

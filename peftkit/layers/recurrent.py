@@ -33,6 +33,10 @@ class _Recurrent(LayerKind):
         fan_in = out if kind == "hh" else layer.input_size if level == "l0" else out * directions
         return (_GATES[layer.mode] * layer.hidden_size, fan_in)
 
+    def features(self, layer: Any) -> int:
+        """Of its first output: hidden or projected states, of both directions side by side."""
+        return int(layer.proj_size or layer.hidden_size) * (2 if layer.bidirectional else 1)
+
 
 class LSTM(_Recurrent):
     """`nn.LSTM`, with layers, directions and projections."""
@@ -65,6 +69,10 @@ class _Cell(LayerKind):
     def shape(self, layer: Any, weight: str) -> tuple[int, ...]:
         """`[gates * hidden, in]`."""
         return (self.gates * layer.hidden_size, layer.input_size if weight == "weight_ih" else layer.hidden_size)
+
+    def features(self, layer: Any) -> int:
+        """The hidden state."""
+        return int(layer.hidden_size)
 
 
 class LSTMCell(_Cell):

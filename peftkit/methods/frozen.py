@@ -19,9 +19,10 @@ class Frozen(peftkit.Method):
 
     name: ClassVar[str] = "frozen"
     scope: ClassVar = "parameters"
+    vectors: ClassVar = True
     default_targets: ClassVar = "**"
 
-    def adapter(self, site: peftkit.Site, shared: object = None) -> None:
+    def adapter(self, site: peftkit.Site, shared: peftkit.Shared | None = None) -> None:
         """Nothing to install, nothing to train."""
 
 

@@ -26,6 +26,7 @@ class Full(peftkit.Method):
 
     name: ClassVar[str] = "full"
     scope: ClassVar = "parameters"
+    vectors: ClassVar = True
     affine: ClassVar = True
     default_targets: ClassVar = "**"
 
@@ -33,9 +34,9 @@ class Full(peftkit.Method):
 
     def __post_init__(self) -> None:
         """Refuse what is not a yes or a no."""
-        self.require(isinstance(self.keep_base, bool), "keep_base", "True or False")
+        self.require_bool("keep_base")
 
-    def adapter(self, site: peftkit.Site, shared: object = None) -> peftkit.Adapter | None:
+    def adapter(self, site: peftkit.Site, shared: peftkit.Shared | None = None) -> peftkit.Adapter | None:
         """A copy of the weight, or nothing but the permission to train it."""
         if self.keep_base:
             return _Copy(site)

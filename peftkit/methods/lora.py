@@ -39,6 +39,12 @@ class LoRA(peftkit.Method):
     """
 
     name: ClassVar[str] = "lora"
+    hf: ClassVar = peftkit.HuggingFace(
+        peft_type="LORA",
+        fields={"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rank_stabilized": "use_rslora"},
+        tensors={"down": "lora_A.weight", "up": "lora_B.weight"},
+        one_hot={"down": "lora_embedding_A", "up": "lora_embedding_B"},
+    )
 
     rank: int = 8
     alpha: float = 16.0
@@ -48,11 +54,12 @@ class LoRA(peftkit.Method):
 
     def __post_init__(self) -> None:
         """Refuse values that would fail later, or do nothing."""
-        self.require(_is_int(self.rank) and self.rank >= 1, "rank", "a whole number of at least 1")
-        self.require(_is_number(self.alpha) and self.alpha != 0, "alpha", "a finite number other than 0")
-        self.require(_is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a number from 0 to below 1")
+        self.require_whole("rank")
+        self.require_number("alpha")
+        self.require(self.alpha != 0, "alpha", "a number other than 0")
+        self.require_number("dropout", least=0, below=1)
         self.require(self.init in INITS, "init", f"one of {', '.join(INITS)}")
-        self.require(isinstance(self.rank_stabilized, bool), "rank_stabilized", "True or False")
+        self.require_bool("rank_stabilized")
         self.require(self.init != "orthogonal" or self.rank % 2 == 0, "rank", "even with init='orthogonal'")
 
     @property
@@ -60,18 +67,20 @@ class LoRA(peftkit.Method):
         """What the product is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
-    def adapter(self, site: peftkit.Site, shared: object = None) -> peftkit.LowRank:
+    def adapter(self, site: peftkit.Site, shared: peftkit.Shared | None = None) -> peftkit.LowRank:
         """Two factors, and their frozen start where the init has one."""
-        return _LoRA(site, self)
+        return LoRAAdapter(site, self)
 
-    def from_factors(self, up: Tensor, down: Tensor) -> "tuple[LoRA, dict[str, Tensor]]":
+    def from_factors(self, up: Tensor, down: Tensor) -> "tuple[peftkit.Method, dict[str, Tensor]] | None":
         """The factors as they are: an alpha for which the scale is 1, and no start."""
         rank = up.shape[-1]
         alpha = math.sqrt(rank) if self.rank_stabilized else float(rank)
         return replace(self, rank=rank, alpha=alpha, init="default"), {"up": up, "down": down}
 
 
-class _LoRA(peftkit.LowRank):
+class LoRAAdapter(peftkit.LowRank):
+    """The two factors at one site. A variant of LoRA can build on it: by a gain, or by what it trains."""
+
     def __init__(self, site: peftkit.Site, method: LoRA) -> None:
         super().__init__(site)
         self.scale = method.scale
@@ -86,9 +95,11 @@ class _LoRA(peftkit.LowRank):
         self.register_buffer("start_up", self.up.detach().clone() if subtracts else None)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
+        """`up`, `down` and the scale."""
         return self.up, self.down, self.scale
 
     def start(self) -> tuple[Tensor, Tensor] | None:
+        """The factors as they were made, where their product was not zero."""
         if self.start_up is None or self.start_down is None:
             return None
         return self.start_up, self.start_down
@@ -131,14 +142,6 @@ def _from_weight(site: peftkit.Site, method: LoRA) -> tuple[Tensor, Tensor]:
     u, s, vh = torch.linalg.svd(w / method.scale, full_matrices=False)
     root = s[..., :rank].sqrt()
     return u[..., :rank] * root.unsqueeze(-2), root.unsqueeze(-1) * vh[..., :rank, :]
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @peftkit.hookimpl
