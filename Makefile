@@ -20,7 +20,7 @@ help: ## Show this list
 demo: install ## Fine-tune a real model three ways and compare them (some minutes; downloads 86 MB once)
 	$(BIN)/python benchmarks/demo.py
 
-test: lint install ## Lint, build the wheel, install it, and run the tests against the installed wheel
+test: lint install ## Lint, build the wheels, install them, and run the tests against what is installed
 	$(BIN)/pytest
 
 test-all: lint install ## The same, with the slow tests
@@ -38,13 +38,13 @@ format: $(VENV)/.dependencies ## Rewrite the code in the house format
 bench: install ## Time the work around the training step, beside HF PEFT
 	$(BIN)/pytest benchmarks --benchmark-only
 
-dist: $(VENV)/.builder ## Build the wheel into dist/
-	rm -f $(DIST)/peftkit-*.whl
-	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir $(DIST) .
+dist: $(VENV)/.builder ## Build the wheels, peftkit's and its plugins', into dist/
+	rm -f $(DIST)/peftkit*.whl
+	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir $(DIST) . ./plugins/*/
 
-# The wheel is installed anew each time, and nothing else is: the tests see what a user would get.
+# The wheels are installed anew each time, and nothing else is: the tests see what a user would get.
 install: dist $(VENV)/.dependencies
-	$(PIP) install --quiet --no-deps --no-index --force-reinstall $(DIST)/peftkit-*.whl
+	$(PIP) install --quiet --no-deps --no-index --force-reinstall $(DIST)/peftkit*.whl
 
 clean: ## Remove the environment and everything that was built
 	rm -rf $(VENV) $(DIST) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -46,6 +46,8 @@ class Adapted:
     """Attributes in which the layer keeps its weights once more, each with the attribute that lists their names."""
     reads: tuple[nn.Module, ...] = ()
     """Layers whose weights this one's forward reads itself."""
+    names: tuple[str, ...] = ()
+    """Names of its forward's parameters, in order, where an `Activation` surrounds it."""
 
 
 class Running(NamedTuple):

@@ -5,10 +5,10 @@ if that is cut short, it is put back as it was.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from peftkit import plugins
@@ -29,7 +29,7 @@ from peftkit.installed import (
 from peftkit.layers.kind import LayerKind
 from peftkit.method import Method
 from peftkit.observing import observe
-from peftkit.plan import Rules, State, plan, shared_for, shared_states
+from peftkit.plan import Rules, State, adapter_for, plan, shared_for, shared_states
 from peftkit.readers import find_readers
 from peftkit.resolve import kind_for, modules_of
 from peftkit.running import set_running
@@ -85,11 +85,7 @@ def wrap(
 
 def build(site: Site, method: Method, shared: Shared | None = None) -> Adapter | Activation | None:
     """One method's adapter for one site, in the layer's train or eval mode. On the meta device nothing is computed."""
-    if site.device.type == "meta":
-        with torch.device("meta"):
-            adapter = method.adapter(site, shared)
-    else:
-        adapter = method.adapter(site, shared)
+    adapter: Any = adapter_for(site, method, shared)
     if adapter is None:
         return None
     if site.tied and method.scope == "parameters":
@@ -326,7 +322,10 @@ def _swap_for(layer: nn.Module, *, weight: str | None = None, reads: tuple[nn.Mo
             kinds.setdefault(bias, plugins.parameter_kind)
     lists = {**own.lists, **(kinds[weight].lists if weight in kinds else {})}
     reads = own.reads if reads is None else reads
-    new = dataclasses.replace(own, kinds=kinds, bias_of=bias_of, lists=lists, reads=reads)
+    names = own.names
+    if weight == "module" and not names:
+        names = tuple(inspect.signature(own.base.forward).parameters)[1:]
+    new = dataclasses.replace(own, kinds=kinds, bias_of=bias_of, lists=lists, reads=reads, names=names)
     if not new.reads and "adapters" not in layer._modules:
         if is_swapped(layer):
             unswap(layer)

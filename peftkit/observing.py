@@ -1,6 +1,7 @@
 """Shows a method the data before its adapters are made, for a start that depends on it; the model is left as it was."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from peftkit.adapter import Observer, Site
 from peftkit.errors import MethodError, StateError, UnsupportedLayerError
+from peftkit.installed import atomically
 from peftkit.method import Method
 from peftkit.rehearsal import call, untouched
 
@@ -32,23 +34,25 @@ def observe(
             f"{asking} takes its start from data, and a model on the meta device has no values to run with"
         )
     seen = [(site, observer) for site, _, observer in observers if observer is not None]
+    atomically(root, root.modules(), functools.partial(_show, root, seen, data, asking))
+    return tuple((dataclasses.replace(site, observed=observer), method) for site, method, observer in observers)
+
+
+def _show(root: nn.Module, seen: Sequence[tuple[Site, Observer]], data: Iterable[Any], asking: Method) -> None:
+    differentiates = [pair for pair in seen if type(pair[1]).gradient is not Observer.gradient]
+    flags = [(p, p.requires_grad) for p in root.parameters()]
     with untouched(root), ExitStack() as stack:
         root.eval()
         for site, observer in seen:
             if type(observer).inputs is not Observer.inputs:
                 stack.enter_context(site.layer.register_forward_pre_hook(_Inputs(site, observer)))
-        differentiates = [pair for pair in seen if type(pair[1]).gradient is not Observer.gradient]
-        flags = [(p, p.requires_grad) for p in root.parameters()]
-        try:
-            for p, _ in flags:
-                p.requires_grad_(False)
-            _ask_for_gradients(differentiates, stack)
-            if not _run(root, data, asking, backward=bool(differentiates)):
-                raise MethodError(f"{asking} takes its start from data, and data= holds no batch")
-        finally:
-            for p, flag in flags:
-                p.requires_grad_(flag)
-    return tuple((dataclasses.replace(site, observed=observer), method) for site, method, observer in observers)
+        for p, _ in flags:
+            p.requires_grad_(False)
+        _ask_for_gradients(differentiates, stack)
+        if not _run(root, data, asking, backward=bool(differentiates)):
+            raise MethodError(f"{asking} takes its start from data, and data= holds no batch")
+    for p, flag in flags:
+        p.requires_grad_(flag)
 
 
 def _run(root: nn.Module, data: Iterable[Any], asking: Method, *, backward: bool) -> int:

@@ -3,8 +3,8 @@
 import functools
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -197,7 +197,7 @@ def shared_states(steps: Sequence[tuple[Site, Method]]) -> dict[str, State]:
             sites.setdefault(method.key, (method, []))[1].append(site)
     states = {}
     for key, (method, mine) in sites.items():
-        with torch.device("meta") if mine[0].device.type == "meta" else nullcontext():
+        with _at(mine[0], method):
             state = method.shared(mine)
         if state is None:
             continue
@@ -214,11 +214,27 @@ def shared_for(states: Mapping[str, State], method: Method) -> Shared | None:
     return Shared(states[method.key].module)
 
 
+def adapter_for(site: Site, method: Method, shared: Shared | None) -> Any:
+    """What the method gives for one site. On the meta device nothing is computed."""
+    with _at(site, method):
+        return method.adapter(site, shared)
+
+
+@contextmanager
+def _at(site: Site, method: Method) -> Iterator[None]:
+    """Where a method makes something for a site: on meta where the site is, and named in what it raises."""
+    try:
+        with torch.device("meta") if site.device.type == "meta" else nullcontext():
+            yield
+    except Exception as error:
+        error.add_note(f"raised by the method {method} ({type(method).__module__}) at {site.name or 'the model'}")
+        raise
+
+
 def _dry_run(site: Site, method: Method, shared: Shared | None) -> tuple[int, bool]:
     """How many parameters the method would train at a site, and whether in place."""
     rehearsal = site.on_meta()
-    with torch.device("meta"):
-        adapter = method.adapter(rehearsal, shared)
+    adapter = adapter_for(rehearsal, method, shared)
     if rehearsal.unfrozen:
         return site.layer._parameters[site.weight].numel(), True  # type: ignore[union-attr]
     return sum(p.numel() for p in adapter.parameters() if p.requires_grad) if adapter is not None else 0, False

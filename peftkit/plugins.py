@@ -90,7 +90,7 @@ def method(name: str) -> type[Method]:
     True
     >>> peftkit.method("loar")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    peftkit.errors.UnknownMethodError: no method called 'loar' is installed; did you mean 'lora'? Installed: ...
+    peftkit.errors.UnknownMethodError: no method called 'loar' is installed; did you mean ...'lora'...? Installed: ...
     """
     claim = _builtin_methods().get(name)
     if claim is None or discovery.is_set(discovery.STRICT):

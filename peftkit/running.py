@@ -8,7 +8,6 @@ While compiling there are no frames, because opening one is a side effect that g
 """
 
 import functools
-import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,6 @@ from peftkit.composition import (
     Routing,
     Running,
     adapters_in,
-    base_class,
     no_autocast,
     raw_parameter,
     running_in,
@@ -156,12 +154,7 @@ def _reading(
 
 
 def _surround(layer: nn.Module, *args: Any, adapter: Activation, call: Callable[..., Any], **kwargs: Any) -> Any:
-    return adapter(Base(layer, _parameter_names(base_class(layer).forward), call), *args, **kwargs)
-
-
-@functools.lru_cache(maxsize=1024)
-def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)[1:]
+    return adapter(Base(layer, state_of(layer).names, call), *args, **kwargs)
 
 
 def _run_weights(

@@ -127,7 +127,7 @@ class _Watch:
         self.took_part: set[int] = set()
         """Adapters that were asked for their weight or factors, or ran around their layer."""
         self.moved: set[int] = set()
-        """Activations whose output was not that of what they surround."""
+        """Activations whose output was not that of what they surround, or that gave it other inputs than their own."""
         self.inside: dict[int, list[Tensor]] = {}
         """What an activation's base gave it last."""
 
@@ -142,15 +142,32 @@ class _Watch:
         if isinstance(adapter, Activation) or args[0] != "bias":
             self.took_part.add(id(adapter))
 
-    def surrounded(self, adapter: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def surrounded(self, adapter: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         base, *rest = args
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            output = base.call(*args, **kwargs)
+        def call(model: nn.Module, *inner: Any, **inner_kwargs: Any) -> Any:
+            given, passed = (rest, kwargs), (inner, inner_kwargs)
+            if not _same(_tensors(base.names, *given), _tensors(base.names, *passed)):
+                self.moved.add(id(adapter))
+            output = base.call(model, *inner, **inner_kwargs)
             self.inside[id(adapter)] = [t.detach() for t in leaves(output)]
             return output
 
-        return (Base(base.model, base.names, call), *rest)
+        return (Base(base.model, base.names, call), *rest), kwargs
+
+
+def _tensors(names: tuple[str, ...], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+    """The tensors among arguments, by the name of the argument; those without any are left out."""
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    found = {name: [value] if isinstance(value, Tensor) else list(leaves(value)) for name, value in named.items()}
+    return {name: tensors for name, tensors in found.items() if tensors}
+
+
+def _same(before: Mapping[str, list[Tensor]], after: Mapping[str, list[Tensor]]) -> bool:
+    if before.keys() != after.keys():
+        return False
+    pairs = [(x, y) for name in before for x, y in zip(before[name], after[name], strict=False)]
+    return all(x is y or (x.shape == y.shape and torch.equal(x, y)) for x, y in pairs)
 
 
 @contextmanager
@@ -164,7 +181,7 @@ def _watching(known: Installed) -> Iterator[_Watch]:
             assert adapter is not None  # noqa: S101 - `_active` says so
             stack.enter_context(adapter.register_forward_hook(watch.adapter))
             if isinstance(adapter, Activation):
-                stack.enter_context(adapter.register_forward_pre_hook(watch.surrounded))
+                stack.enter_context(adapter.register_forward_pre_hook(watch.surrounded, with_kwargs=True))
         yield watch
 
 
@@ -185,7 +202,10 @@ def _site_faults(known: Installed, watch: _Watch) -> tuple[list[Fault], list[str
     notes = []
     for (name, method), placements in idle.items():
         others = (name, method) in moving
-        dead = [p for p in placements if others or not any(q.requires_grad for _, q in p.trained())]
+        trains = any(
+            q.requires_grad for p in known.placements(name) if p.shared and p.method == method for _, q in p.trained()
+        )
+        dead = [p for p in placements if others or not (trains or any(q.requires_grad for _, q in p.trained()))]
         why = "other sites of this adapter do" if others else "it does not train either, so it never will"
         faults += [Fault(p.name, "changes nothing", name, f"{why}; look at its values") for p in dead]
         if not dead:

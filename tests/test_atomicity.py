@@ -7,7 +7,9 @@ some 400 spread over it and each of the last 150, among which the model is chang
 import copy
 import linecache
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -47,6 +49,46 @@ RULES = {
     "3": peftkit.Full(keep_base=True),
     "**.norm": "full",
 }
+
+
+@dataclass(frozen=True)
+class Common(peftkit.Method):
+    """Has all that is optional: state that sites share, steps to follow, a start from data."""
+
+    name: ClassVar[str] = "atomicity-common"
+
+    def shared(self, sites):
+        return nn.Linear(2, 2)
+
+    def observer(self, site):
+        return Inputs()
+
+    def after_step(self, adapters, shared):
+        pass
+
+    def adapter(self, site, shared=None):
+        adapter = peftkit.LoRA(rank=2).adapter(site)
+        adapter.common = shared
+        return adapter
+
+
+class Inputs(peftkit.Observer):
+    def inputs(self, x):
+        self.x = x
+
+    def gradient(self, g):
+        self.g = g
+
+
+def in_a_model():
+    model = nn.Module()
+    model.inside = make_model()
+    model.forward = model.inside.forward
+    return model
+
+
+def from_data(model, _):
+    return peftkit.wrap(model, Common(), targets="{0,2}", data=[lambda model: model(torch.ones(2, 6)).sum()])
 
 
 def wrapped():
@@ -89,6 +131,8 @@ def file(tmp_path_factory):
 
 
 OPERATIONS = {
+    "wrap from data, with shared state": (in_a_model, from_data),
+    "unwrap what has shared state": (lambda: from_data(make_model(), None), lambda model, _: peftkit.unwrap(model)),
     "wrap": (make_model, lambda model, _: peftkit.wrap(model, RULES)),
     "wrap another": (wrapped, lambda model, _: peftkit.wrap(model, "lora", targets="{0,2}", name="c")),
     "unwrap": (wrapped, lambda model, _: peftkit.unwrap(model)),

@@ -8,6 +8,8 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
+import types
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,9 @@ ORDER = [
     "layers", "adapter", "method", "loading", "plugins", "readers", "recipe", "composition", "checkpoints", "running", "swap", "installed",
     "rehearsal", "observing", "stepping", "resolve", "plan", "install", "combining", "lifecycle", "routing", "merging",
     "drift", "verifying", "summary", "manifests", "files", "methods", "methods.frozen", "methods.full", "methods.lora",
+    "testing.parity", "testing.cases", "testing.subject", "testing.declaring", "testing.wrapping", "testing.training", "testing.keeping",
+    "testing.undoing", "testing.defining", "testing.surviving", "testing.kit", "testing",
+    "cli.output", "cli.fields", "cli.traits", "cli.listing", "cli.models", "cli.planning", "cli.checking", "cli.new", "cli.app", "cli", "__main__",
 ]  # fmt: skip
 
 PUBLIC = [getattr(peftkit, name) for name in peftkit.__all__ if hasattr(getattr(peftkit, name), "__qualname__")]
@@ -71,17 +76,24 @@ def test_every_module_has_its_place_in_the_order():
 
 @pytest.mark.parametrize("module", ORDER)
 def test_imports_point_up(module):
-    """A module imports only what comes before it; a method imports the public package and torch alone."""
+    """A module imports only what comes before it; methods and the kit import the public package alone."""
+    imports, before = set(imports_of(module)) - {""}, set(ORDER[: ORDER.index(module)])
     if module.startswith("methods"):
-        assert set(imports_of(module)) <= {"peftkit"}
+        assert imports <= {"peftkit"}
+    elif module.startswith("testing"):
+        assert imports <= {"peftkit", "errors", "layers"} | {other for other in before if other.startswith("testing")}
+    elif module.startswith("cli"):
+        assert imports <= before | {"peftkit"}
     else:
-        assert set(imports_of(module)) - {""} <= set(ORDER[: ORDER.index(module)])
+        assert imports <= before
 
 
 def test_the_core_names_no_method():
     """No module of the core knows a method by name, except as the default argument that the public API promises."""
     names = [info.name for info in peftkit.methods() if info.package == "peftkit"]
     assert names
+    for project in REPOSITORY.glob("plugins/*/pyproject.toml"):
+        names += tomllib.loads(project.read_text())["project"]["entry-points"]["peftkit.methods"]
     for module in modules():
         if module.startswith("methods"):
             continue
@@ -162,4 +174,6 @@ def test_python_in_the_docs_runs(page, tmp_path, monkeypatch):
     if not blocks:
         return
     monkeypatch.chdir(tmp_path)
-    exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": page.stem})
+    module = types.ModuleType(page.stem)
+    monkeypatch.setitem(sys.modules, page.stem, module)  # what a page defines can be pickled and compiled
+    exec(compile("\n".join(blocks), str(page), "exec"), vars(module))

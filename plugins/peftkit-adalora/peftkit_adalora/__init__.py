@@ -1,0 +1,1 @@
+"""LoRA trained otherwise: AdaLoRA (`adalora`), LoRA+ (`lora_plus`) and LoRA-FA (`lora_fa`)."""

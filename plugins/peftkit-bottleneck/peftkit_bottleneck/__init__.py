@@ -1,0 +1,1 @@
+"""Bottleneck adapters: small networks around a layer's forward, one module a method."""

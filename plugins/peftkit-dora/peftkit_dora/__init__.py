@@ -1,0 +1,1 @@
+"""DoRA for peftkit; see `peftkit_dora.dora`."""

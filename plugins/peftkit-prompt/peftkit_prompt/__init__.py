@@ -1,0 +1,1 @@
+"""Learned prompts for whole language models, one module a method."""
