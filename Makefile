@@ -21,10 +21,10 @@ demo: install ## Fine-tune a real model three ways and compare them (some minute
 	$(BIN)/python benchmarks/demo.py
 
 test: lint install ## Lint, build the wheels, install them, and run the tests against what is installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 test-all: lint install ## The same, with the slow tests
-	$(BIN)/pytest -m "slow or not slow"
+	$(BIN)/pytest -n auto -m "slow or not slow"
 
 lint: $(VENV)/.dependencies ## Check style, format and types
 	$(BIN)/ruff check .

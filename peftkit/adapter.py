@@ -80,7 +80,7 @@ class Site:
 
     def tensor(self, value: Tensor) -> Tensor:
         """`value` with this site's dtype and device, for a frozen part of an adapter (`register_buffer`)."""
-        return value.detach().to(device=self.device, dtype=self.dtype)
+        return value.detach().to(device=self.device, dtype=self.dtype).contiguous()
 
     def matrix(self) -> Tensor:
         """The base weight as a matrix `[..., out, in]`, detached, in this site's dtype.

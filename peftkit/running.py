@@ -189,9 +189,15 @@ def _run_fused(layer: nn.Module, running: Running, weight: str, x: Any) -> Any:
     kind = state_of(layer).fast
     assert kind is not None  # noqa: S101 - `running.fused` says so
     bias = kind.weights(layer)[weight]
-    y = kind.plain(layer, x, raw_parameter(layer, weight), raw_parameter(layer, bias) if bias else None)
-    for name in running.names:
-        adapter: LowRank = adapters_in(layer, name)[weight]
+    w, b = raw_parameter(layer, weight), raw_parameter(layer, bias) if bias else None
+    first, *others = [adapters_in(layer, name)[weight] for name in running.names]
+    if _is_bare(first) and type(x) is Tensor and _is_plain_torch():
+        up, down, scale = first("factors")
+        y = kind.adapted(layer, x, w, b, up, down, scale, first.dropout if first.training else 0.0)
+    else:
+        y = kind.plain(layer, x, w, b)
+        others = [first, *others]
+    for adapter in others:
         up, down, scale = adapter("factors")
         dropout = adapter.dropout if adapter.training else 0.0
         delta = kind.low_rank(layer, x, up.to(y.dtype), down.to(y.dtype), scale, dropout)
@@ -199,18 +205,18 @@ def _run_fused(layer: nn.Module, running: Running, weight: str, x: Any) -> Any:
         if start is not None:
             delta = delta - kind.low_rank(layer, x, start[0].to(y.dtype), start[1].to(y.dtype), scale, 0.0)
         gain = None if adds_low_rank(adapter) else _gain(layer, kind, weight, adapter)
-        if gain is None:
-            y = y + delta
-            continue
-        # As an excess over 1, so that a gain of 1 changes no bit, and in half precision a small one is not lost.
-        excess, factor = (kind.per_output(layer, g.squeeze(-1).to(y.dtype)) for g in (gain - 1, gain))
-        product = (
-            y - kind.per_output(layer, raw_parameter(layer, bias))
-            if bias and layer._parameters[bias] is not None
-            else y
-        )
-        y = y + excess * product + factor * delta
+        y = y + delta if gain is None else kind.gained(layer, x, y, b, delta, gain)
     return y
+
+
+def _is_bare(adapter: LowRank) -> bool:
+    """Whether its product is added as it is: no start is subtracted, whose products must cancel, and no gain."""
+    return adds_low_rank(adapter) and adapter.start() is None
+
+
+def _is_plain_torch() -> bool:
+    """Whether no compiler and no functorch transform looks on: they take plain operations."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _gain(layer: nn.Module, kind: LayerKind, weight: str, adapter: LowRank) -> Tensor | None:

@@ -106,4 +106,6 @@ def test_a_plugin_imports_peftkit_and_torch_alone(package):
         for name in imports:
             top = name.split(".")[0]
             assert top in {"torch", "peftkit", source.parent.name} | set(sys.stdlib_module_names), (source, name)
-            assert top != "peftkit" or name in ("peftkit", "peftkit.errors") or name.startswith("peftkit.methods."), name
+            assert top != "peftkit" or name in ("peftkit", "peftkit.errors") or name.startswith("peftkit.methods."), (
+                name
+            )

@@ -22,7 +22,7 @@ DOCS = REPOSITORY / "docs"
 
 # Imports only point up this list: a module may import those before it.
 ORDER = [
-    "errors", "discovery", "globs", "selectors", "roles", "tables", "hookspecs", "layers.kind", "layers.attention", "layers.conv", "layers.embedding",
+    "errors", "discovery", "globs", "selectors", "roles", "tables", "hookspecs", "kernels", "layers.kind", "layers.attention", "layers.conv", "layers.embedding",
     "layers.linear", "layers.recurrent",
     "layers", "adapter", "method", "loading", "plugins", "readers", "recipe", "composition", "checkpoints", "running", "swap", "installed",
     "rehearsal", "observing", "stepping", "resolve", "plan", "install", "combining", "lifecycle", "routing", "merging",

@@ -69,6 +69,15 @@ class Embedding(LayerKind):
             delta = torch.where((x == layer.padding_idx).unsqueeze(-1), delta.detach(), delta)
         return delta
 
+    def gained(
+        self, layer: nn.Embedding, x: Tensor, y: Tensor, b: Tensor | None, delta: Tensor, gain: Tensor
+    ) -> Tensor:
+        """As for any layer; from the padding row, nothing is learned."""
+        gained = super().gained(layer, x, y, b, delta, gain)
+        if layer.padding_idx is None or not torch.is_grad_enabled():
+            return gained
+        return torch.where((x == layer.padding_idx).unsqueeze(-1), gained.detach(), gained)
+
 
 class EmbeddingBag(Embedding):
     """`nn.EmbeddingBag`: a lookup and its sum, mean or maximum."""
@@ -78,6 +87,10 @@ class EmbeddingBag(Embedding):
     def fuses(self, layer: Any) -> bool:
         """As for an embedding, and only where the bag is linear in its rows: not for a maximum."""
         return super().fuses(layer) and layer.mode != "max"
+
+    def gained(self, layer: Any, x: Tensor, y: Tensor, b: Tensor | None, delta: Tensor, gain: Tensor) -> Tensor:
+        """As for any layer: a bag leaves its padding out by itself."""
+        return LayerKind.gained(self, layer, x, y, b, delta, gain)
 
     def plain(self, layer: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """The bags of the rows of `w`."""

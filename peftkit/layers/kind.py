@@ -77,6 +77,26 @@ class LayerKind(ABC):
         """
         raise NotImplementedError
 
+    def adapted(
+        self, layer: Any, x: Any, w: Tensor, b: Tensor | None, up: Tensor, down: Tensor, scale: float, dropout: float
+    ) -> Tensor:
+        """`plain` plus `low_rank`, for a kind that can do both at once for less; the factors are in their own dtype.
+
+        Called for a frozen `w`, and neither while compiling nor in functorch transforms.
+        """
+        y = self.plain(layer, x, w, b)
+        return y + self.low_rank(layer, x, up.to(y.dtype), down.to(y.dtype), scale, dropout)
+
+    def gained(self, layer: Any, x: Any, y: Tensor, b: Tensor | None, delta: Tensor, gain: Tensor) -> Tensor:
+        """The output `gain * (y - b + delta) + b`, for the output `y` and the factor `gain` `[out, 1]` of each row.
+
+        Computed with the excess of the gain over 1, so that a gain of 1 changes no bit of `y`, and in half precision
+        a small excess is not lost.
+        """
+        excess, factor = (self.per_output(layer, g.squeeze(-1).to(y.dtype)) for g in (gain - 1, gain))
+        product = y if b is None else y - self.per_output(layer, b)
+        return y + excess * product + factor * delta
+
     def per_output(self, layer: Any, v: Tensor) -> Tensor:
         """View `v` `[out]`, one value for each row of the matrix, so that it broadcasts against the layer's output."""
         return v

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftkit import kernels
 from peftkit.layers.kind import LayerKind
 
 
@@ -48,6 +49,12 @@ class Linear(LayerKind):
         # accordingly.
         h = F.linear(x.reshape(-1, x.shape[-1]), down) * scale
         return F.linear(h, up).reshape(*x.shape[:-1], up.shape[0])
+
+    def adapted(
+        self, layer: Any, x: Tensor, w: Tensor, b: Tensor | None, up: Tensor, down: Tensor, scale: float, dropout: float
+    ) -> Tensor:
+        """The product is added into the layer's output, and dropout keeps no copy of the input."""
+        return kernels.linear(x, self.matrix(layer, "weight", w), b, up, down, scale, dropout)
 
 
 class Bilinear(LayerKind):

@@ -258,6 +258,15 @@ def _transposed_linear() -> tuple[Case, ...]:
     return (Case("Conv1D", make, _x(4, 8)),)
 
 
+def _attention() -> nn.Module:
+    """Its biases start at zero, where a factor would have no effect and no gradient."""
+    layer = nn.MultiheadAttention(8, 2, batch_first=True)
+    with torch.no_grad():
+        for bias in (layer.in_proj_bias, layer.out_proj.bias):
+            bias.uniform_(-0.5, 0.5)
+    return layer
+
+
 CASES: tuple[Case, ...] = (
     Case("Linear", lambda: nn.Linear(8, 12), _x(8)),
     Case("Linear 3-d no bias", lambda: nn.Linear(12, 8, bias=False), _x(4, 12)),
@@ -280,7 +289,7 @@ CASES: tuple[Case, ...] = (
     Case("Embedding", lambda: nn.Embedding(16, 8), _ids()),
     Case("Embedding padding_idx", lambda: nn.Embedding(16, 8, padding_idx=3), lambda: (torch.arange(9).reshape(3, 3),)),
     Case("EmbeddingBag", lambda: nn.EmbeddingBag(16, 8), _ids()),
-    Case("MultiheadAttention", lambda: nn.MultiheadAttention(8, 2, batch_first=True), _same_thrice(4, 8), "layer.**"),
+    Case("MultiheadAttention", _attention, _same_thrice(4, 8), "layer.**"),
     Case(
         "MultiheadAttention separate",
         lambda: nn.MultiheadAttention(8, 2, kdim=4, vdim=12, batch_first=True),

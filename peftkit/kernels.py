@@ -1,0 +1,182 @@
+"""The low-rank linear layer: `x @ W.T + b + scale * dropout(x) @ down.T @ up.T`, in fewer passes and less memory.
+
+What it saves over the same in plain operations:
+
+* It adds its product into the base's output, and into the gradient of the input: no second buffer of either size.
+* It casts the two small factors to the layer's dtype. Under autocast the cast of an input is shared by the layers that
+  get the same one (queries, keys and values), and that of the frozen weight is made again in backward, not kept.
+* Dropout keeps no copy of the input and no mask, only a seed: the mask is made again in backward, from few random
+  numbers and a hash, at a fraction of the cost of `torch.nn.functional.dropout`.
+* It computes and saves only what some gradient needs.
+
+Where nothing of that is at stake (no dropout, one dtype) plain operations in place do as well, and can be
+differentiated twice. While compiling and in functorch transforms the caller takes the plain form (`peftkit.running`).
+"""
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None, up: Tensor, down: Tensor, scale: float, dropout: float) -> Tensor:
+    """The output `[..., out]` for `x` `[..., in]`, `w` `[out, in]`, `up` `[out, rank]` and `down` `[rank, in]`.
+
+    It is in autocast's dtype where that is on and in the weight's otherwise, as the layer's own output is. The weight
+    must be frozen.
+    """
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, w.dtype)
+    dtype = torch.get_autocast_dtype(device) if autocast else w.dtype
+    drawn = _draw(dropout) if dropout else None
+    if not autocast and x.dtype != w.dtype:
+        return F.linear(x, w, b)  # torch's own error
+    if torch.is_grad_enabled() and (drawn or not x.dtype == w.dtype == up.dtype == down.dtype == dtype):
+        y: Tensor = _LowRankLinear.apply(x, w, b, up, down, scale, drawn, dtype)  # type: ignore[no-untyped-call]
+        return y
+    if not autocast:
+        return _plain(x, w, b, up, down, scale, drawn)
+    with torch.autocast(device, enabled=False):
+        bias = None if b is None else b.to(dtype)
+        return _plain(_cast(x, dtype), w.to(dtype), bias, up, down, scale, drawn)
+
+
+def _plain(x: Tensor, w: Tensor, b: Tensor | None, up: Tensor, down: Tensor, scale: float, drawn: Any) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    up, down = up.to(x.dtype), down.to(x.dtype)
+    kept = rows
+    if drawn:
+        kept = rows * keep_mask(rows, *drawn)
+        scale *= _raise(drawn)
+    h = F.linear(kept, down)
+    if not x.is_contiguous():  # for which torch takes another kernel, that rounds otherwise
+        return F.linear(x, w, b) + (h @ up.mT).mul_(scale).view(*x.shape[:-1], up.shape[0])
+    return F.linear(rows, w, b).addmm_(h, up.mT, alpha=scale).view(*x.shape[:-1], up.shape[0])
+
+
+class _LowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, up: Tensor, down: Tensor, scale: float, drawn: Any, dtype: Any
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            cast = _cast(x, dtype)
+            y = F.linear(cast, w.to(dtype), None if b is None else b.to(dtype)).contiguous()
+            rows = cast.reshape(-1, cast.shape[-1])
+            scale = scale * (_raise(drawn) if drawn else 1)
+            h = F.linear(rows * keep_mask(rows, *drawn) if drawn else rows, down.to(dtype))
+            y.view(-1, y.shape[-1]).addmm_(h, up.to(dtype).mT, alpha=scale)
+        ctx.scale, ctx.drawn, ctx.dtype, ctx.x_dtype = scale, drawn, dtype, x.dtype
+        wants_x, _, _, wants_up, wants_down, *_ = ctx.needs_input_grad
+        wants_low = wants_x or wants_down
+        ctx.save_for_backward(
+            cast if wants_down else None,
+            w if wants_x else None,
+            up if wants_low else None,
+            down if wants_x else None,
+            h if wants_up else None,
+        )
+        ctx.shapes = x.shape, up.dtype, down.dtype, None if b is None else b.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cast, w, up, down, h = ctx.saved_tensors
+        shape, up_dtype, down_dtype, b_dtype = ctx.shapes
+        wants_x, _, wants_b, wants_up, wants_down, *_ = ctx.needs_input_grad
+        dtype, scale = ctx.dtype, ctx.scale
+        grad_x = grad_b = grad_up = grad_down = mask = None
+        with torch.autocast(grad.device.type, enabled=False):
+            grad = grad.reshape(-1, grad.shape[-1])
+            if wants_b:
+                grad_b = grad.sum(0).to(b_dtype)
+            if wants_up:
+                grad_up = torch.mm(grad.mT, h).mul_(scale).to(up_dtype)
+            if up is not None:
+                low = torch.mm(grad, up.to(dtype)).mul_(scale)  # [n, rank]
+            if ctx.drawn is not None:
+                rows = cast if cast is not None else grad.new_empty(shape)
+                mask = keep_mask(rows.reshape(-1, shape[-1]), *ctx.drawn)
+            buffer = None
+            if wants_down:
+                rows = cast.reshape(-1, shape[-1])
+                buffer = rows * mask if mask is not None else None
+                grad_down = torch.mm(low.mT, rows if buffer is None else buffer).to(down_dtype)
+            if wants_x:
+                # one buffer for the masked input and for the gradient of the input
+                grad_x = torch.mm(low, down.to(dtype), **({} if buffer is None else {"out": buffer}))
+                if mask is not None:
+                    grad_x.mul_(mask)
+                grad_x.addmm_(grad, w.to(dtype))
+                grad_x = grad_x.view(shape).to(ctx.x_dtype)
+        return grad_x, None, grad_b, grad_up, grad_down, None, None, None
+
+
+# -------------------------------------------------------------------------------------------------- casts
+
+
+class _Last(threading.local):
+    """The last input that was cast in this thread, and its cast; neither is kept alive by it."""
+
+    def __init__(self) -> None:
+        self.key: Any = None
+        self.source: Any = lambda: None
+        self.result: Any = lambda: None
+
+
+_last = _Last()
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if x.dtype == dtype:
+        return x
+    key = x._version, dtype
+    result: Tensor | None = _last.result()
+    if result is None or _last.source() is not x or _last.key != key:
+        result = x.detach().to(dtype)
+        _last.key, _last.source, _last.result = key, weakref.ref(x), weakref.ref(result)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------ dropout
+
+_COLUMNS = (torch.arange(1, 65) * -7046029254386353131) | 1  # 64 odd numbers; 2**64 over the golden ratio, signed
+_MIX = -2960836687089230189  # an odd number of well mixed bits
+
+
+def _draw(dropout: float) -> tuple[int, int]:
+    """A threshold in 256ths, whose mean over draws is the probability, and a seed; from torch's CPU generator, so that
+    `torch.manual_seed` and gradient checkpointing repeat them.
+    """
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    return min(255, int(256 * dropout + (seed & 0xFFFFFF) / 0x1000000)), seed
+
+
+def _raise(drawn: tuple[int, int]) -> float:
+    """What the elements that are kept are multiplied by, for their expectation to stay."""
+    return 256 / (256 - drawn[0])
+
+
+def keep_mask(x: Tensor, threshold: int, seed: int) -> Tensor:
+    """0 with probability `threshold / 256` and 1 otherwise, of the shape of `x`, as bytes.
+
+    Each random 64-bit number is expanded to 64 by a hash (multiply, fold, multiply), and each of these is eight bytes.
+    `random_` gets its full range, because without bounds it leaves the top bit zero; and the hash ends on a
+    multiplication, because a last shift would leave traces in the top byte.
+    """
+    if x.is_meta:
+        return torch.empty_like(x, dtype=torch.uint8)
+    n = x.numel()
+    generator = torch.Generator(x.device).manual_seed(seed)
+    z = torch.empty((n + 511) // 512, 1, dtype=torch.int64, device=x.device).random_(
+        -(2**63), None, generator=generator
+    )
+    z = z * _COLUMNS.to(x.device)
+    z ^= z >> 32
+    z *= _MIX
+    return z.view(torch.uint8).view(-1)[:n].ge_(threshold).view(x.shape)
