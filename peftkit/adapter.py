@@ -5,6 +5,7 @@ Adapter      a function of the weight matrix        merges, unmerges, works on e
 Activation   a function around the layer's forward   no weight form, so it does not merge
 """
 
+import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -100,7 +101,9 @@ class Site:
 
     def on_meta(self) -> "Site":
         """The same site on the meta device, for a dry run."""
-        return dataclasses.replace(self, device=torch.device("meta"), unfrozen=False, observed=None)
+        site = copy.copy(self)
+        site.device, site.unfrozen, site.observed = torch.device("meta"), False, None
+        return site
 
 
 class Shared:

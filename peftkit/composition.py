@@ -48,6 +48,8 @@ class Adapted:
     """Layers whose weights this one's forward reads itself."""
     names: tuple[str, ...] = ()
     """Names of its forward's parameters, in order, where an `Activation` surrounds it."""
+    found: dict[tuple[str, ...], "Running | None"] = field(default_factory=dict)
+    """What runs in the layer for which active adapters, once it has been found out."""
 
 
 class Running(NamedTuple):

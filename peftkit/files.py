@@ -32,7 +32,7 @@ from peftkit.errors import (
     did_you_mean,
 )
 from peftkit.install import build, check_name, holder_of, install
-from peftkit.installed import Placement, inner, installed, record
+from peftkit.installed import Placement, collecting_later, inner, installed, record
 from peftkit.method import Method
 from peftkit.plan import State, shared_for, shared_states
 from peftkit.resolve import find_model_roles, module_site, modules_of, site_of
@@ -105,6 +105,7 @@ def _match_keys(own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------- save
 
 
+@collecting_later()
 def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, format: str = "peftkit") -> None:  # noqa: A002
     """Write one adapter to one file, from which `load` restores it onto a fresh copy of the base.
 
@@ -192,6 +193,7 @@ class _Read:
     tensors: dict[str, Tensor]
 
 
+@collecting_later()
 def load(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -271,10 +273,19 @@ def _read(path: Path) -> _Read:
     for key, tensor in tensors.items():
         if manifests.tensor_digest(tensor) != manifest["tensors"][key]:
             raise FormatError(f"{path} is damaged: {key} is not what was saved")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise FormatError(f"{path}: {key} holds values that are not finite")
+    _refuse_not_finite(path, tensors)
     # Out of the file's buffer: kernels round by alignment, and one adapter need not hold on to the whole file.
     return _Read(manifest, {key: tensor.clone() for key, tensor in tensors.items()})
+
+
+def _refuse_not_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One sum a tensor tells nearly always; only where a sum is not finite, look at the values themselves."""
+    floating = [(key, tensor) for key, tensor in tensors.items() if tensor.is_floating_point()]
+    sums = [tensor.sum(dtype=torch.float64) for _, tensor in floating]
+    if sums and not torch.stack(sums).isfinite().all():
+        for key, tensor in floating:
+            if not tensor.isfinite().all():
+                raise FormatError(f"{path}: {key} holds values that are not finite")
 
 
 def _resolve(

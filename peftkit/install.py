@@ -20,6 +20,7 @@ from peftkit.installed import (
     Installed,
     Placement,
     atomically,
+    collecting_later,
     inner,
     installed,
     record,
@@ -38,6 +39,7 @@ from peftkit.stepping import Watch, follows_steps
 from peftkit.swap import swap, unswap
 
 
+@collecting_later()
 def wrap(
     model: nn.Module,
     method: str | Method | Rules = "lora",
@@ -160,6 +162,7 @@ def install(
     return atomically(root, [*layers.values(), *(reader for reader, _ in readers)], change)
 
 
+@collecting_later()
 def unwrap(model: nn.Module, name: str | None = None) -> nn.Module:
     """Remove one adapter, or all; with the last one gone the model is bit for bit the one that was wrapped.
 
@@ -325,7 +328,7 @@ def _swap_for(layer: nn.Module, *, weight: str | None = None, reads: tuple[nn.Mo
     names = own.names
     if weight == "module" and not names:
         names = tuple(inspect.signature(own.base.forward).parameters)[1:]
-    new = dataclasses.replace(own, kinds=kinds, bias_of=bias_of, lists=lists, reads=reads, names=names)
+    new = dataclasses.replace(own, kinds=kinds, bias_of=bias_of, lists=lists, reads=reads, names=names, found={})
     if not new.reads and "adapters" not in layer._modules:
         if is_swapped(layer):
             unswap(layer)
@@ -348,8 +351,9 @@ def _remove_from(layer: nn.Module, names: set[str], active: tuple[str, ...]) -> 
     if not container._modules:
         del layer._modules["adapters"]
     if is_swapped(layer):
-        set_running(layer, active if container._modules else ())
         _swap_for(layer)
+    if is_swapped(layer):
+        set_running(layer, active)
 
 
 def _readers(root: nn.Module, placements: Sequence[Placement]) -> list[tuple[nn.Module, tuple[nn.Module, ...]]]:

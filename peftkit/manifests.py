@@ -5,6 +5,7 @@ base, and a digest of every tensor. It is sealed with a digest of its own.
 """
 
 import ctypes
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -33,7 +34,8 @@ def describe(
     originals: Mapping[tuple[int, str], Tensor],
 ) -> dict[str, Any]:
     placements = tuple(placement for placement in placements if not placement.shared)
-    methods = {placement.method.key: placement.method for placement in placements}
+    keys = {id(placement.method): placement.method.key for placement in placements}  # few, for many sites
+    methods = {keys[id(placement.method)]: placement.method for placement in placements}
     numbers = {key: number for number, key in enumerate(methods)}
     packages = {info.name: info for info in plugins.methods()}
     sites = []
@@ -43,7 +45,7 @@ def describe(
             {
                 "path": placement.path,
                 "weight": placement.weight,
-                "method": numbers[placement.method.key],
+                "method": numbers[keys[id(placement.method)]],
                 "in_place": placement.adapter is None,
                 **base_facts(placement.layer, placement.weight, raw, in_place=placement.adapter is None),
             }
@@ -82,14 +84,18 @@ def _sample(raw: Tensor) -> str:
     """A few values, evenly spread, as bfloat16 in hexadecimal: the same for a base in float32 and in bfloat16."""
     if raw.numel() == 0:
         return ""
-    places = torch.linspace(0, raw.numel() - 1, _SAMPLES, dtype=torch.float64, device="cpu").long()
-    values = (
-        raw.detach()[torch.unravel_index(places.to(raw.device), raw.shape)]
-        if raw.dim()
-        else raw.detach().repeat(_SAMPLES)
-    )
+    places = _places(raw.numel()).to(raw.device)
+    if raw.is_contiguous():
+        values = raw.detach().view(-1)[places]
+    else:
+        values = raw.detach()[torch.unravel_index(places, raw.shape)]
     sample = values.to(device="cpu", dtype=torch.bfloat16).contiguous()
     return ctypes.string_at(sample.data_ptr(), 2 * _SAMPLES).hex()
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(n: int) -> Tensor:
+    return torch.linspace(0, n - 1, _SAMPLES, dtype=torch.float64, device="cpu").long()
 
 
 def fingerprint(sites: list[dict[str, Any]]) -> str:

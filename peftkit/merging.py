@@ -10,11 +10,12 @@ from peftkit.adapter import Activation, Adapter
 from peftkit.composition import compose, is_swapped, state_of, steps_for
 from peftkit.errors import StateError, UnsupportedLayerError
 from peftkit.install import remove
-from peftkit.installed import Installed, atomically, inner, installed, unmerged, write_record
+from peftkit.installed import Installed, atomically, collecting_later, inner, installed, unmerged, write_record
 from peftkit.resolve import modules_of
 from peftkit.running import set_running
 
 
+@collecting_later()
 def merge(model: nn.Module, name: str | None = None, *, keep_base: bool = True, untie: bool = False) -> nn.Module:
     """Fold adapters into new weights, computed in float32 (float64 for float64 weights), so that the base runs alone.
 
@@ -69,6 +70,7 @@ def merge(model: nn.Module, name: str | None = None, *, keep_base: bool = True, 
         raise
 
 
+@collecting_later()
 def unmerge(model: nn.Module) -> nn.Module:
     """Put the original weights back: the very parameters that `merge` put aside, so that any number of cycles drift
     by 0.

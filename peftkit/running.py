@@ -70,8 +70,11 @@ def open_frames(layers: Iterable[nn.Module], running: Iterable[Running | None]) 
 
 def set_running(layer: nn.Module, adapters: Iterable[str]) -> None:
     """Make these adapters, where the layer has them, the ones that run in it, in this order."""
-    sites = {name: here for name in adapters if (here := adapters_in(layer, name))}
-    layer.__dict__[RUNNING] = _running(layer, sites) if sites else None
+    names, found = tuple(adapters), state_of(layer).found
+    if names not in found:
+        sites = {name: here for name in names if (here := adapters_in(layer, name))}
+        found[names] = _running(layer, sites) if sites else None
+    layer.__dict__[RUNNING] = found[names]
 
 
 def _running(layer: nn.Module, sites: dict[str, dict[str, Any]]) -> Running:

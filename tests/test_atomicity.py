@@ -162,6 +162,9 @@ def run_until(line, operation, model, file):
                 raise Planted
         return trace
 
+    for module in model.modules():
+        if "_peftkit_layer" in module.__dict__:
+            module.__dict__["_peftkit_layer"].found.clear()  # what is remembered takes no lines the second time
     sys.settrace(trace)
     try:
         operation(model, file)

@@ -1,6 +1,7 @@
 """Active, trainable and merged are three independent facts; what wrapping adds follows its layer and leaves with unwrap."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -291,3 +292,18 @@ def test_the_signature_of_forward_is_kept():
     assert type(model[0]).__name__ == "Linear"
     assert type(model[0]).__module__ == "torch.nn.modules.linear"
     assert isinstance(model[0], nn.Linear)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_collection_is_as_it_was(enabled):
+    """Bulk calls put it off and put it back, also when they fail; who has switched it off keeps it off."""
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        model = peftkit.wrap(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), "lora")
+        assert gc.isenabled() is enabled
+        with pytest.raises(errors.StateError):
+            peftkit.wrap(model, "lora")
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()
