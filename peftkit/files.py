@@ -193,7 +193,6 @@ class _Read:
     tensors: dict[str, Tensor]
 
 
-@collecting_later()
 def load(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -232,8 +231,9 @@ def load(
     manifest = read.manifest
     name = manifest["name"] if name is None else name
     check_name(model, name)
-    sites = _resolve(model, manifest, {m.name: m for m in methods}, check_base=check_base)
-    built, states = _rebuild(inner(model), path, sites, read.tensors)
+    with collecting_later():
+        sites = _resolve(model, manifest, {m.name: m for m in methods}, check_base=check_base)
+        built, states = _rebuild(inner(model), path, sites, read.tensors)
     known = record(model)
     active = known.active if known and known.active else (name,)
     in_place = {site.name: read.tensors[site.name] for site, _, adapter in built if adapter is None}

@@ -39,7 +39,6 @@ from peftkit.stepping import Watch, follows_steps
 from peftkit.swap import swap, unswap
 
 
-@collecting_later()
 def wrap(
     model: nn.Module,
     method: str | Method | Rules = "lora",
@@ -76,10 +75,11 @@ def wrap(
     ['0.adapters.default.weight.down', '0.adapters.default.weight.up', '2.weight', '2.bias']
     """
     check_name(model, name)
-    planned = plan(model, method, targets=targets, exclude=exclude, **hyperparameters)
-    steps = observe(inner(model), planned.steps, data)
-    states = shared_states(steps)
-    built = [(site, made, build(site, made, shared_for(states, made))) for site, made in steps]
+    with collecting_later():
+        planned = plan(model, method, targets=targets, exclude=exclude, **hyperparameters)
+        steps = observe(inner(model), planned.steps, data)
+        states = shared_states(steps)
+        built = [(site, made, build(site, made, shared_for(states, made))) for site, made in steps]
     known = record(model)
     active = (*known.active, name) if known else (name,)
     return install(model, name, built, planned.roles, active, shared=list(states.values()))
@@ -162,7 +162,6 @@ def install(
     return atomically(root, [*layers.values(), *(reader for reader, _ in readers)], change)
 
 
-@collecting_later()
 def unwrap(model: nn.Module, name: str | None = None) -> nn.Module:
     """Remove one adapter, or all; with the last one gone the model is bit for bit the one that was wrapped.
 

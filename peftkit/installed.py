@@ -216,7 +216,8 @@ def atomically(model: nn.Module, touched: Iterable[nn.Module], change: Callable[
     parameters = [(p, p.requires_grad, p.data) for p in root.parameters()]
     before = [_Snapshot(module) for module in {id(m): m for m in (root, *touched)}.values()]
     try:
-        return change()
+        with collecting_later():
+            return change()
     except BaseException:
         for snapshot in before:
             snapshot.restore()

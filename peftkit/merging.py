@@ -15,7 +15,6 @@ from peftkit.resolve import modules_of
 from peftkit.running import set_running
 
 
-@collecting_later()
 def merge(model: nn.Module, name: str | None = None, *, keep_base: bool = True, untie: bool = False) -> nn.Module:
     """Fold adapters into new weights, computed in float32 (float64 for float64 weights), so that the base runs alone.
 
@@ -41,7 +40,8 @@ def merge(model: nn.Module, name: str | None = None, *, keep_base: bool = True, 
     known = unmerged(model, "merge again")
     names = _names_to_merge(known, name, keep_base=keep_base)
     root = inner(model)
-    folded = _fold(root, known, names, untie=untie)
+    with collecting_later():
+        folded = _fold(root, known, names, untie=untie)
     layers = known.layers(names)
 
     def change() -> nn.Module:
@@ -63,14 +63,13 @@ def merge(model: nn.Module, name: str | None = None, *, keep_base: bool = True, 
     config: Any = getattr(root, "config", None)
     tied = getattr(config, "tie_word_embeddings", None)
     try:
-        return atomically(root, known.layers(known.adapters), change)
+        return atomically(root, [*known.layers(known.adapters), *known.readers], change)
     except BaseException:
         if tied is True:
             config.tie_word_embeddings = True
         raise
 
 
-@collecting_later()
 def unmerge(model: nn.Module) -> nn.Module:
     """Put the original weights back: the very parameters that `merge` put aside, so that any number of cycles drift
     by 0.

@@ -79,7 +79,7 @@ class AdaLoRA(peftkit.Method):
 
     def before_step(self, adapters: Sequence[Any], shared: Any) -> None:
         """Add the gradient of the mean of `|P Pᵀ - I|` over all factors `P`, times its weight."""
-        weight = self.orthogonality / (2 * len(adapters))
+        weight = self.orthogonality / (2 * sum(math.prod(adapter.values.shape[:-2]) for adapter in adapters))
         for adapter in adapters:
             if weight and adapter.down.grad is not None:
                 adapter.down.grad += weight * _pull(adapter.down)
@@ -90,16 +90,16 @@ class AdaLoRA(peftkit.Method):
         """Count the step, look at what matters, and prune what is over the budget."""
         shared.steps += 1
         step = int(shared.steps)
-        if step < self.end:
+        if step < self.end or (step == self.end and not shared.seen):  # as when a run goes on from just before the end
             shared.look(adapters, self)
         if step > self.end:
             for adapter in adapters:
                 adapter.values *= adapter.kept
-        elif step == self.end or (step > self.start and step % self.every == 0):
+        elif step == self.end or step % self.every == 0:
             shared.prune(adapters, self._budget(step, sum(a.values.numel() for a in adapters)), keep=step == self.end)
 
     def _budget(self, step: int, most: int) -> int:
-        """How many terms may stay: from all of them down to the target by a cubic."""
+        """How many terms may stay: by a cubic from all of them (and before the start, more) down to the target."""
         least = most * self.target_rank // self.rank
         left = 1 - (step - self.start) / (self.end - self.start)
         return int((most - least) * left**3 + least)
@@ -144,9 +144,9 @@ class Progress(nn.Module):
 
     def _score(self, i: int, adapter: Any) -> Tensor:
         """`[..., rank, 1]`: of the value itself, and the means over its row of `down` and its column of `up`."""
-        nothing = [torch.zeros(())] * 2
-        down, values, up = (math.prod(self.seen.get((i, name), nothing)) for name in ("down", "values", "up"))
-        return (values + down.mean(-1, keepdim=True) + up.mT.mean(-1, keepdim=True)).expand_as(adapter.values)
+        nothing = torch.zeros_like(adapter.values)
+        down, values, up = (math.prod(self.seen.get((i, name), [nothing])) for name in ("down", "values", "up"))
+        return values + down.mean(-1, keepdim=True) + up.mT.mean(-1, keepdim=True)
 
 
 class AdaLoRAAdapter(peftkit.LowRank):

@@ -62,16 +62,18 @@ class VBLoRA(peftkit.Method):
         self.require_number("dropout", least=0, below=1)
 
     def shared(self, sites: Sequence[peftkit.Site]) -> nn.Module:
-        """The bank."""
+        """The bank, if its vectors fit every site."""
+        sizes = [size for site in sites for size in site.shape[-2:]]
+        for site in sites:
+            if site.fan_out % self.length or site.fan_in % self.length:
+                raise peftkit.errors.UnsupportedLayerError(
+                    f"vblora: length={self.length} does not divide the {site.fan_out} outputs and {site.fan_in} inputs "
+                    f"of {site.name}; take {math.gcd(*sizes)}, which divides all sizes here, or exclude this layer"
+                )
         return Bank(sites[0], self)
 
     def adapter(self, site: peftkit.Site, shared: Any = None) -> "VBLoRAAdapter":
         """The logits of every piece, and a handle on the bank."""
-        if site.fan_out % self.length or site.fan_in % self.length:
-            raise peftkit.errors.UnsupportedLayerError(
-                f"vblora: length={self.length} does not divide {site.name} {list(site.shape)}; take "
-                f"{math.gcd(self.length, site.fan_out, site.fan_in)}, or exclude this layer"
-            )
         return VBLoRAAdapter(site, self, shared)
 
 
@@ -106,7 +108,8 @@ class VBLoRAAdapter(peftkit.LowRank):
     def _mixed(self, logits: Tensor) -> Tensor:
         """`[..., bank] -> [..., length]`."""
         largest, places = logits.topk(self.top, dim=-1)
-        return (largest.softmax(-1).unsqueeze(-1) * self.vectors.state.bank[places]).sum(-2)
+        bank = self.vectors.state.bank.to(logits)  # a site may be on another device
+        return (largest.softmax(-1).unsqueeze(-1) * bank[places]).sum(-2)
 
 
 @peftkit.hookimpl

@@ -87,7 +87,7 @@ class VeRAAdapter(peftkit.LowRank):
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """The parts of the matrices that fit this site, their rows scaled."""
         state = self.projections.state
-        A, B = state.A[:, : self.columns], state.B[: self.rows]
+        A, B = state.A[:, : self.columns].to(self.d), state.B[: self.rows].to(self.b)  # a site may be on another device
         return self.b.unsqueeze(-1) * B, self.d.unsqueeze(-1) * A, 1.0
 
 
