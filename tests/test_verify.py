@@ -482,11 +482,11 @@ def test_a_merge_that_drifts(monkeypatch, layer, dtype, x):
 def test_a_wrong_fast_path(monkeypatch, x):
     """It is as well found when the unmerged side is wrong: a fast path that is not the weight."""
     kind = peftkit.layers.Linear
-    right = kind.low_rank
+    right = kind.adapted
     monkeypatch.setattr(
         kind,
-        "low_rank",
-        lambda self, layer, x, up, down, scale, dropout: right(self, layer, x, up, down, 1.01 * scale, dropout),
+        "adapted",
+        lambda self, layer, x, w, b, up, down, scale, drop: right(self, layer, x, w, b, up, down, 1.01 * scale, drop),
     )
     assert faults(peftkit.verify(trained(peftkit.wrap(mlp(), "lora")), x)) == [("0", "drifts")]
 
