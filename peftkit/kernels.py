@@ -32,6 +32,8 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, up: Tensor, down: Tensor, sca
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, w.dtype)
     dtype = torch.get_autocast_dtype(device) if autocast else w.dtype
+    if dropout > _MOST:  # rarer than a byte can say
+        return F.linear(x, w, b) + F.linear(F.linear(F.dropout(x, dropout), down.to(dtype)), up.to(dtype)) * scale
     drawn = _draw(dropout) if dropout else None
     if not autocast and x.dtype != w.dtype:
         return F.linear(x, w, b)  # torch's own error
@@ -66,6 +68,7 @@ class _LowRankLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             cast = _cast(x, dtype)
             y = F.linear(cast, w.to(dtype), None if b is None else b.to(dtype)).contiguous()
+            y = y.data  # or torch takes it for a view, which nobody could change in place
             rows = cast.reshape(-1, cast.shape[-1])
             scale = scale * (_raise(drawn) if drawn else 1)
             h = F.linear(rows * keep_mask(rows, *drawn) if drawn else rows, down.to(dtype))
@@ -146,6 +149,7 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 # ------------------------------------------------------------------------------------------------ dropout
 
 _COLUMNS = (torch.arange(1, 65) * -7046029254386353131) | 1  # 64 odd numbers; 2**64 over the golden ratio, signed
+_MOST = 255 / 256
 _MIX = -2960836687089230189  # an odd number of well mixed bits
 
 
@@ -154,7 +158,7 @@ def _draw(dropout: float) -> tuple[int, int]:
     `torch.manual_seed` and gradient checkpointing repeat them.
     """
     seed = int(torch.empty((), dtype=torch.int64).random_())
-    return min(255, int(256 * dropout + (seed & 0xFFFFFF) / 0x1000000)), seed
+    return int(256 * dropout + (seed & 0xFFFFFF) / 0x1000000), seed
 
 
 def _raise(drawn: tuple[int, int]) -> float:

@@ -27,7 +27,10 @@ class HuggingFace:
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Our field → theirs: `{"rank": "r"}`."""
     tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Our tensor of one adapter → theirs below the layer, without the adapter's name: `{"down": "lora_A.weight"}`."""
+    """Our tensor of one adapter → theirs below the layer, as in a file, where no adapter's name stands:
+    `{"down": "lora_A.weight"}`. A tensor that an adapter lacks, by its method's fields, has no counterpart there.
+    `{weight}` stands for the name of the site's own parameter.
+    """
     one_hot: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """The same on embeddings, where they differ."""
     shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -172,27 +175,32 @@ class Method(ABC):
         if not condition:
             raise FieldError(f"{self.name}: {field} must be {wants}, got {getattr(self, field)!r}")
 
-    def require_whole(self, *fields: str, least: int = 1) -> None:
-        """Each of these fields must be a whole number of at least `least`."""
+    def require_whole(self, *fields: str, least: int | None = 1, optional: bool = False) -> None:
+        """Each of these fields must be a whole number of at least `least`; or None, if it is `optional`."""
         for field in fields:
             value: Any = getattr(self, field)
-            self.require(type(value) is int and value >= least, field, f"a whole number of at least {least}")
+            fits = (optional and value is None) or (type(value) is int and (least is None or value >= least))
+            words = "a whole number" + ("" if least is None else f" of at least {least}")
+            self.require(fits, field, words + (", or None" if optional else ""))
 
     def require_number(
         self, *fields: str, least: float | None = None, above: float | None = None, below: float | None = None
     ) -> None:
         """Each of these fields must be a finite number, within the bounds given."""
-        bounds = [
-            ("from", least, operator.ge),
-            ("above", above, operator.gt),
-            ("below", below, operator.lt),
-        ]
+        bounds = [("from", least, operator.ge), ("above", above, operator.gt), ("below", below, operator.lt)]
         words = " ".join(f"{word} {bound:g}" for word, bound, _ in bounds if bound is not None)
         for field in fields:
             value: Any = getattr(self, field)
             fits = type(value) in (int, float) and math.isfinite(value)
             fits = fits and all(holds(value, bound) for _, bound, holds in bounds if bound is not None)
             self.require(fits, field, f"a finite number {words}".rstrip())
+
+    def require_not_zero(self, *fields: str) -> None:
+        """Each of these fields must be a finite number other than 0."""
+        for field in fields:
+            value: Any = getattr(self, field)
+            fits = type(value) in (int, float) and math.isfinite(value) and value != 0
+            self.require(fits, field, "a finite number other than 0")
 
     def require_bool(self, *fields: str) -> None:
         """Each of these fields must be True or False."""

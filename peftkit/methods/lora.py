@@ -55,8 +55,7 @@ class LoRA(peftkit.Method):
     def __post_init__(self) -> None:
         """Refuse values that would fail later, or do nothing."""
         self.require_whole("rank")
-        self.require_number("alpha")
-        self.require(self.alpha != 0, "alpha", "a number other than 0")
+        self.require_not_zero("alpha")
         self.require_number("dropout", least=0, below=1)
         self.require(self.init in INITS, "init", f"one of {', '.join(INITS)}")
         self.require_bool("rank_stabilized")

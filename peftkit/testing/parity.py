@@ -11,6 +11,7 @@ that passes has also shown that its declaration is right. peft itself is needed 
 
 import copy
 import dataclasses
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -171,8 +172,9 @@ def _find(tensors: Mapping[str, Tensor], path: str, declared: str) -> Tensor | N
         {f"prompt_encoder.{_NAME}.embedding.weight"} if declared == "prompt_embeddings" else set()
     )  # its name in files
     below = [f"base_model.model.{path}.".replace("..", "."), "base_model.", ""]
-    for prefix in below:
-        found = [tensors[prefix + name] for name in sorted(named) if prefix + name in tensors]
+    for prefix, suffix in itertools.product(below, ("", ".weight")):  # a file leaves some `.weight` out
+        names = [prefix + name + suffix for name in sorted(named)]
+        found = [tensors[name] for name in names if name in tensors]
         if len(found) > 1:
             raise AssertionError(f"more than one tensor of HF PEFT may be {declared!r} at {path or 'the model'}")
         if found:

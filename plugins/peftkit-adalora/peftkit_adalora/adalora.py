@@ -66,8 +66,7 @@ class AdaLoRA(peftkit.Method):
         self.require(self.start < self.end, "start", f"below end={self.end}")
         self.require_number("dropout", "beta1", "beta2", least=0, below=1)
         self.require_number("orthogonality", least=0)
-        self.require_number("alpha")
-        self.require(self.alpha != 0, "alpha", "a number other than 0")
+        self.require_not_zero("alpha")
 
     def shared(self, sites: Sequence[peftkit.Site]) -> nn.Module:
         """How far training has come."""

@@ -50,12 +50,11 @@ class Bottleneck(peftkit.Method):
 
     def __post_init__(self) -> None:
         """Refuse values that would fail later, or do nothing."""
-        self.require(is_number(self.reduction) and self.reduction > 0, "reduction", "a number above 0")
-        self.require(self.width is None or _is_count(self.width), "width", "a whole number of at least 1, or None")
+        self.require_number("reduction", above=0)
+        self.require_whole("width", "features", optional=True)
+        self.require_whole("dim", least=None, optional=True)
         self.require(self.activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}")
-        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a number from 0 to below 1")
-        self.require(self.features is None or _is_count(self.features), "features", "a whole number, or None")
-        self.require(self.dim is None or _is_int(self.dim), "dim", "a whole number, or None")
+        self.require_number("dropout", least=0, below=1)
 
     def width_for(self, features: int) -> int:
         """The width of the bottleneck on so many features: at least 1."""
@@ -123,16 +122,3 @@ def feature_dim(module: nn.Module) -> int:
     matrices = [m for m in own_modules(module) if any(p.dim() > 1 for p in m.parameters(recurse=False))]
     last = matrices[-1] if matrices else module
     return -1 - len(last.kernel_size) if isinstance(last, nn.modules.conv._ConvNd) else -1
-
-
-def is_number(value: object) -> bool:
-    """Whether it is a finite number, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_count(value: object) -> bool:
-    return _is_int(value) and value >= 1  # type: ignore[operator]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import peftkit
-from peftkit_bottleneck.network import Bottleneck, Network, is_number, on_first
+from peftkit_bottleneck.network import Bottleneck, Network, on_first
 from peftkit_bottleneck.places import mlp_blocks
 
 _POSITIONS = "its output has other positions than its input, so nothing of the input can be added there"
@@ -48,8 +48,8 @@ class Parallel(Bottleneck):
     def __post_init__(self) -> None:
         """As for all bottleneck adapters, and the scale."""
         super().__post_init__()
-        self.require(is_number(self.scale) and self.scale != 0, "scale", "a finite number other than 0")
-        self.require(isinstance(self.learn_scale, bool), "learn_scale", "True or False")
+        self.require_not_zero("scale")
+        self.require_bool("learn_scale")
 
     def adapter(self, site: peftkit.Site, shared: peftkit.Shared | None = None) -> peftkit.Activation:
         """One network a module."""

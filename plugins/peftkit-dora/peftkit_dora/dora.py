@@ -27,8 +27,8 @@ class DoRA(peftkit.LoRA):
     name: ClassVar[str] = "dora"
     hf: ClassVar = replace(
         peftkit.LoRA.hf,
-        tensors={**peftkit.LoRA.hf.tensors, "magnitude": "lora_magnitude_vector.weight"},
-        one_hot={**peftkit.LoRA.hf.one_hot, "magnitude": "lora_magnitude_vector.weight"},
+        tensors={**peftkit.LoRA.hf.tensors, "magnitude": "lora_magnitude_vector"},
+        one_hot={**peftkit.LoRA.hf.one_hot, "magnitude": "lora_magnitude_vector"},
         constants={"use_dora": True},
     )
 

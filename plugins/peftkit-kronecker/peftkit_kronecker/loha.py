@@ -52,11 +52,9 @@ class LoHa(peftkit.Method):
 
     def __post_init__(self) -> None:
         """Refuse values that would fail later, or do nothing."""
-        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
-        self.require(whole and self.rank >= 1, "rank", "a whole number of at least 1")
-        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
-        self.require(number and math.isfinite(self.alpha) and self.alpha != 0, "alpha", "a finite number other than 0")
-        self.require(isinstance(self.tucker, bool), "tucker", "True or False")
+        self.require_whole("rank")
+        self.require_not_zero("alpha")
+        self.require_bool("tucker")
 
     def adapter(self, site: peftkit.Site, shared: peftkit.Shared | None = None) -> peftkit.Adapter:
         """The two products, of two or of three tensors each."""

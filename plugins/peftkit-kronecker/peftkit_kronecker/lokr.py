@@ -67,14 +67,11 @@ class LoKr(peftkit.Method):
 
     def __post_init__(self) -> None:
         """Refuse values that would fail later, or do nothing."""
-        self.require(_is_int(self.rank) and self.rank >= 1, "rank", "a whole number of at least 1")
-        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
-        self.require(number and math.isfinite(self.alpha) and self.alpha != 0, "alpha", "a finite number other than 0")
-        self.require(
-            _is_int(self.factor) and (self.factor >= 1 or self.factor == -1), "factor", "a whole number, or -1"
-        )
-        self.require(isinstance(self.decompose_both, bool), "decompose_both", "True or False")
-        self.require(isinstance(self.tucker, bool), "tucker", "True or False")
+        self.require_whole("rank")
+        self.require_not_zero("alpha")
+        self.require_whole("factor", least=-1)
+        self.require(self.factor != 0, "factor", "a whole number of at least 1, or -1")
+        self.require_bool("decompose_both", "tucker")
 
     def adapter(self, site: peftkit.Site, shared: peftkit.Shared | None = None) -> "LoKrAdapter":
         """The two matrices, each whole or as a product."""
@@ -141,10 +138,6 @@ def split(size: int, factor: int = -1) -> tuple[int, int]:
     root = math.isqrt(size)
     small = max(n for n in range(1, (min(factor, root) if factor > 0 else root) + 1) if size % n == 0)
     return small, size // small
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @peftkit.hookimpl

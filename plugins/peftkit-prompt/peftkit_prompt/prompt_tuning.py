@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import peftkit
-from peftkit_prompt.checking import require_count, require_ids
+from peftkit_prompt.checking import require_ids
 from peftkit_prompt.prepending import embeddings_of, prepender, vocabulary_rows, whole_model, width_of
 
 INITS = ("vocabulary", "normal")
@@ -46,7 +46,7 @@ class PromptTuning(peftkit.Method):
 
     def __post_init__(self) -> None:
         """Refuse values that would fail later, or do nothing."""
-        require_count(self, "tokens")
+        self.require_whole("tokens")
         self.require(self.init in INITS, "init", f"one of {', '.join(INITS)}")
         require_ids(self, "init_ids")
 

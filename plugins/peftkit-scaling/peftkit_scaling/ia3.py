@@ -36,7 +36,7 @@ class IA3(peftkit.Method):
 
     def __post_init__(self) -> None:
         """Refuse what is not a yes or a no."""
-        self.require(isinstance(self.scale_inputs, bool), "scale_inputs", "True or False")
+        self.require_bool("scale_inputs")
 
     def adapter(self, site: peftkit.Site, shared: peftkit.Shared | None = None) -> peftkit.Adapter:
         """The factors of one side of the weight."""

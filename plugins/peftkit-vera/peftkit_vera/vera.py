@@ -45,8 +45,7 @@ class VeRA(peftkit.Method):
     def __post_init__(self) -> None:
         """Refuse values that would fail later, or learn nothing."""
         self.require_whole("rank")
-        self.require_number("start")
-        self.require(self.start != 0, "start", "a number other than 0")
+        self.require_not_zero("start")
         self.require_number("dropout", least=0, below=1)
 
     def shared(self, sites: Sequence[peftkit.Site]) -> nn.Module:
