@@ -148,7 +148,7 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ dropout
 
-_COLUMNS = (torch.arange(1, 65) * -7046029254386353131) | 1  # 64 odd numbers; 2**64 over the golden ratio, signed
+_COLUMNS = (torch.arange(1, 65, device="cpu") * -7046029254386353131) | 1  # 64 odd numbers; 2**64 over the golden ratio, signed
 _MOST = 255 / 256
 _MIX = -2960836687089230189  # an odd number of well mixed bits
 
@@ -157,7 +157,7 @@ def _draw(dropout: float) -> tuple[int, int]:
     """A threshold in 256ths, whose mean over draws is the probability, and a seed; from torch's CPU generator, so that
     `torch.manual_seed` and gradient checkpointing repeat them.
     """
-    seed = int(torch.empty((), dtype=torch.int64).random_())
+    seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
     return int(256 * dropout + (seed & 0xFFFFFF) / 0x1000000), seed
 
 

@@ -262,3 +262,12 @@ def test_transforms_and_odd_layouts_take_plain_operations():
     with torch.no_grad():
         expected = base(odd)
     assert torch.equal(peftkit.wrap(base, "lora", targets="**")(odd), expected)
+
+
+def test_a_default_device_changes_nothing():
+    """Seeds come from the CPU's generator wherever new tensors go by default."""
+    torch.manual_seed(3)
+    expected = kernels._draw(0.3)
+    torch.manual_seed(3)
+    with torch.device("meta"):
+        assert kernels._draw(0.3) == expected
