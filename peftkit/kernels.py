@@ -148,7 +148,7 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ dropout
 
-_COLUMNS = (torch.arange(1, 65, device="cpu") * -7046029254386353131) | 1  # 64 odd numbers; 2**64 over the golden ratio, signed
+_COLUMNS = (torch.arange(1, 65, device="cpu") * -7046029254386353131) | 1  # 2**64 over the golden ratio, signed; odd
 _MOST = 255 / 256
 _MIX = -2960836687089230189  # an odd number of well mixed bits
 
