@@ -109,3 +109,13 @@ def test_a_plugin_imports_peftkit_and_torch_alone(package):
             assert top != "peftkit" or name in ("peftkit", "peftkit.errors") or name.startswith("peftkit.methods."), (
                 name
             )
+
+
+@pytest.mark.parametrize("package", PROJECTS)
+def test_the_example_in_its_readme_runs(package, tmp_path, monkeypatch):
+    """The Python blocks of a plugin's README run, top to bottom, with the package installed."""
+    monkeypatch.chdir(tmp_path)
+    readme = (REPOSITORY / "plugins" / package / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
+    assert blocks
+    exec(compile("\n".join(blocks), f"{package}/README.md", "exec"), {"__name__": "readme"})

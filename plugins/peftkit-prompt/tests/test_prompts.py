@@ -8,8 +8,6 @@ import copy
 import doctest
 import importlib
 import pickle
-import re
-from pathlib import Path
 
 import peft
 import pytest
@@ -762,16 +760,6 @@ def test_doctests(module):
 
     assert result.attempted > 0
     assert result.failed == 0
-
-
-@pytest.mark.usefixtures("installed")
-def test_the_readme_is_true(tmp_path, monkeypatch):
-    """The example in the README runs."""
-    monkeypatch.chdir(tmp_path)
-    text = Path(__file__).parents[1].joinpath("README.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    assert blocks
-    exec(compile("\n".join(blocks), "README.md", "exec"), {})
 
 
 # --------------------------------------------------------------------------------------------------- conformance
