@@ -34,8 +34,7 @@ def describe(
     originals: Mapping[tuple[int, str], Tensor],
 ) -> dict[str, Any]:
     placements = tuple(placement for placement in placements if not placement.shared)
-    keys = {id(placement.method): placement.method.key for placement in placements}  # few, for many sites
-    methods = {keys[id(placement.method)]: placement.method for placement in placements}
+    methods = {placement.method.key: placement.method for placement in placements}
     numbers = {key: number for number, key in enumerate(methods)}
     packages = {info.name: info for info in plugins.methods()}
     sites = []
@@ -45,7 +44,7 @@ def describe(
             {
                 "path": placement.path,
                 "weight": placement.weight,
-                "method": numbers[keys[id(placement.method)]],
+                "method": numbers[placement.method.key],
                 "in_place": placement.adapter is None,
                 **base_facts(placement.layer, placement.weight, raw, in_place=placement.adapter is None),
             }

@@ -1,6 +1,7 @@
 """What a method is: a frozen dataclass whose fields are the hyperparameters. That object *is* the configuration."""
 
 import dataclasses
+import functools
 import json
 import math
 import operator
@@ -153,7 +154,7 @@ class Method(ABC):
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return dict(json.loads(json.dumps(fields, allow_nan=False)))
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """Name and fields as one text: equal for equal methods, also where a field is a list and has no hash."""
         return f"{self.name} {json.dumps(self.fields(), sort_keys=True)}"

@@ -62,6 +62,7 @@ def _begin(watch: Watch) -> None:
 
 
 def _tell(form: str, optimizer: Optimizer, *_: Any) -> None:
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for watch in list(_watches):
+    watches = list(_watches)
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]} if watches else set()
+    for watch in watches:
         watch.tell(form, trained)
