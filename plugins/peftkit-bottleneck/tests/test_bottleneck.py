@@ -122,19 +122,6 @@ PLACES = {
 }
 
 
-@pytest.fixture
-def installed(tmp_path, monkeypatch):
-    """This package's metadata on the path, whether or not it is installed: files name methods and never classes."""
-    if any(info.package == "peftkit-bottleneck" for info in peftkit.methods()):
-        return
-    info = tmp_path / "peftkit_bottleneck-0.1.0.dist-info"
-    info.mkdir()
-    info.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: peftkit-bottleneck\nVersion: 0.1.0\n")
-    lines = "".join(f"{name} = peftkit_bottleneck.{name}\n" for name in METHODS)
-    info.joinpath("entry_points.txt").write_text(f"[peftkit.methods]\n{lines}")
-    monkeypatch.syspath_prepend(tmp_path)
-
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.set_num_threads(1)

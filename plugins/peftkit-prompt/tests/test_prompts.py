@@ -70,20 +70,6 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def installed(tmp_path, monkeypatch):
-    """This package's metadata on the path, whether or not it is installed: files name methods and never classes."""
-    if any(info.package == "peftkit-prompt" for info in peftkit.methods()):
-        return
-    info = tmp_path / "peftkit_prompt-0.1.0.dist-info"
-    info.mkdir()
-    info.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: peftkit-prompt\nVersion: 0.1.0\n")
-    names = ("prompt_tuning", "prefix_tuning", "p_tuning")
-    lines = "".join(f"{name} = peftkit_prompt.{name}\n" for name in names)
-    info.joinpath("entry_points.txt").write_text(f"[peftkit.methods]\n{lines}")
-    monkeypatch.syspath_prepend(tmp_path)
-
-
 def made(kind):
     torch.manual_seed(1)
     return MODELS[kind]().eval()
