@@ -4,7 +4,8 @@ What it saves over the same in plain operations:
 
 * It adds its product into the base's output, and into the gradient of the input: no second buffer of either size.
 * It casts the two small factors to the layer's dtype. Under autocast the cast of an input is shared by the layers that
-  get the same one (queries, keys and values), and that of the frozen weight is made again in backward, not kept.
+  get the same one (queries, keys and values). That of the frozen weight is kept for backward, as autocast itself does,
+  or made again there, where memory is scarcer than time (`lean`).
 * Dropout keeps no copy of the input and no mask, only a seed: the mask is made again in backward, from few random
   numbers and a hash, at a fraction of the cost of `torch.nn.functional.dropout`.
 * It computes and saves only what some gradient needs.
@@ -15,12 +16,40 @@ differentiated twice. While compiling and in functorch transforms the caller tak
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+class _Lean(threading.local):
+    on = False
+
+
+_lean = _Lean()
+
+
+@contextmanager
+def lean() -> Iterator[None]:
+    """Run forward so that under autocast no copy of a frozen weight in autocast's dtype waits for backward.
+
+    Backward makes it again. In this thread, for layers whose adapters add low-rank products; without autocast there is
+    no such copy, and nothing changes.
+
+    >>> import peftkit, torch
+    >>> model = peftkit.wrap(torch.nn.Sequential(torch.nn.Linear(4, 4)), method="lora", targets="0")
+    >>> with peftkit.kernels.lean(), torch.autocast("cpu", torch.bfloat16):
+    ...     model(torch.randn(2, 4)).sum().backward()
+    """
+    before, _lean.on = _lean.on, True
+    try:
+        yield
+    finally:
+        _lean.on = before
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None, up: Tensor, down: Tensor, scale: float, dropout: float) -> Tensor:
@@ -67,7 +96,8 @@ class _LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             cast = _cast(x, dtype)
-            y = F.linear(cast, w.to(dtype), None if b is None else b.to(dtype)).contiguous()
+            used = w.to(dtype)
+            y = F.linear(cast, used, None if b is None else b.to(dtype)).contiguous()
             y = y.data  # or torch takes it for a view, which nobody could change in place
             rows = cast.reshape(-1, cast.shape[-1])
             scale = scale * (_raise(drawn) if drawn else 1)
@@ -78,7 +108,7 @@ class _LowRankLinear(torch.autograd.Function):
         wants_low = wants_x or wants_down
         ctx.save_for_backward(
             cast if wants_down else None,
-            w if wants_x else None,
+            (w if _lean.on else used) if wants_x else None,
             up if wants_low else None,
             down if wants_x else None,
             h if wants_up else None,
@@ -105,6 +135,8 @@ class _LowRankLinear(torch.autograd.Function):
             if ctx.drawn is not None:
                 rows = cast if cast is not None else grad.new_empty(shape)
                 mask = keep_mask(rows.reshape(-1, shape[-1]), *ctx.drawn)
+                if wants_down and wants_x:
+                    mask = mask.to(dtype)  # once for both products, which otherwise do it one by one
             buffer = None
             if wants_down:
                 rows = cast.reshape(-1, shape[-1])

@@ -1,6 +1,7 @@
 """The low-rank linear layer against its definition: values, gradients, dropout, dtypes, and what it keeps for backward."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -171,8 +172,9 @@ def test_dropout_keeps_nothing_more():
     assert with_dropout == without
 
 
-def test_autocast_shares_the_cast_of_an_input_and_keeps_no_cast_weight():
-    """Three layers on one float32 input keep one bfloat16 copy of it, and none of their weights."""
+@pytest.mark.parametrize("is_lean", [False, True])
+def test_autocast_shares_the_cast_of_an_input_and_lean_keeps_no_cast_weight(is_lean):
+    """Three layers on one float32 input keep one bfloat16 copy of it; one of each weight too, but not in `lean`."""
     torch.manual_seed(0)
 
     class Three(nn.Module):
@@ -185,9 +187,9 @@ def test_autocast_shares_the_cast_of_an_input_and_keeps_no_cast_weight():
 
     net = peftkit.wrap(Three(), "lora", rank=2, targets="*_proj")
     x = torch.randn(64, 16, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with kernels.lean() if is_lean else nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16):
         kept, _ = saved_bytes(net, x)
-    assert kept == 2 * 64 * (16 + 3 * 2)
+    assert kept == 2 * 64 * (16 + 3 * 2) + (0 if is_lean else 3 * 2 * 16 * 8)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
