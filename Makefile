@@ -5,6 +5,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 DIST   := dist
+# pytest-benchmark's own table: short, and by row.
+RACES  := --benchmark-columns=median,iqr,rounds --benchmark-group-by=group -p no:cacheprovider
+QUICK  := "test_row and (fp32 or bf16-dropout or layer-256-1024 or inference or routed-1- or wrap or save-1400 or merge)"
 
 # Nothing here asks a model hub for anything.
 export HF_HUB_OFFLINE := 1
@@ -12,10 +15,10 @@ export HF_HUB_OFFLINE := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint format bench dist install clean
+.PHONY: help demo test test-all lint format bench bench-quick dist install clean
 
 help: ## Show this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: install ## Fine-tune a real model three ways and compare them (some minutes; downloads 86 MB once)
 	$(BIN)/python benchmarks/demo.py
@@ -35,8 +38,11 @@ format: $(VENV)/.dependencies ## Rewrite the code in the house format
 	$(BIN)/ruff check --fix-only --exit-zero .
 	$(BIN)/ruff format .
 
-bench: install ## Time the work around the training step, beside HF PEFT
-	$(BIN)/pytest benchmarks --benchmark-only
+bench: install ## Race peftkit and its peers (15 minutes on two cores; ARGS="--device cuda" on a GPU)
+	$(BIN)/pytest benchmarks $(RACES) $(ARGS)
+
+bench-quick: install ## The same in two minutes: few rounds of some rows, into dist/races.json
+	$(BIN)/pytest benchmarks $(RACES) --rounds 4 --report $(DIST)/races.json -k $(QUICK) $(ARGS)
 
 dist: $(VENV)/.builder ## Build the wheels, peftkit's and its plugins', into dist/
 	rm -f $(DIST)/peftkit*.whl

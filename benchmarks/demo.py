@@ -25,7 +25,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the weights come from a package:
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait make a busy machine crawl
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler otherwise writes its start and stop to stderr
 
-import assets
 import torch
 import transformers
 from rich import box
@@ -35,6 +34,7 @@ from rich.table import Table
 from torch import nn
 
 import peftkit
+from peftkit.workloads import assets
 
 SEED = 0
 TRAIN, TEST = 1_600, 3_000  # sentences

@@ -6,7 +6,7 @@
     ...                                              # train as ever
     peftkit.save(model, "adapter.safetensors")
 
-Everything public is here, in `peftkit.errors`, and in `peftkit.layers`.
+Everything public is here, in `peftkit.errors`, in `peftkit.layers`, and in `peftkit.memory`.
 """
 
 __version__ = "0.1.0"
@@ -20,9 +20,11 @@ from peftkit.method import HuggingFace, Method
 from peftkit.methods.frozen import Frozen
 from peftkit.methods.full import Full
 from peftkit.methods.lora import LoRA
+from peftkit.workload import Workload
 
 # isort: split
 from peftkit.combining import combine
+from peftkit.estimating import estimate
 from peftkit.files import load, load_state_dict, save, state_dict
 from peftkit.install import unwrap, wrap
 from peftkit.lifecycle import activate, disabled, param_groups, set_trainable, using
@@ -46,10 +48,12 @@ __all__ = [
     "Observer",
     "Shared",
     "Site",
+    "Workload",
     "activate",
     "combine",
     "disabled",
     "errors",
+    "estimate",
     "hookimpl",
     "load",
     "load_state_dict",

@@ -5,7 +5,6 @@ Adapter      a function of the weight matrix        merges, unmerges, works on e
 Activation   a function around the layer's forward   no weight form, so it does not merge
 """
 
-import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -81,6 +80,9 @@ class Site:
 
     def tensor(self, value: Tensor) -> Tensor:
         """`value` with this site's dtype and device, for a frozen part of an adapter (`register_buffer`)."""
+        if self.device.type == "meta" and type(value) is Tensor:
+            with torch._C.DisableTorchFunction():  # or a rehearsal's device mode would be asked about each call
+                return value.detach().to(device=self.device, dtype=self.dtype).contiguous()
         return value.detach().to(device=self.device, dtype=self.dtype).contiguous()
 
     def matrix(self) -> Tensor:
@@ -101,8 +103,8 @@ class Site:
 
     def on_meta(self) -> "Site":
         """The same site on the meta device, for a dry run."""
-        site = copy.copy(self)
-        site.device, site.unfrozen, site.observed = torch.device("meta"), False, None
+        site = Site.__new__(type(self))
+        site.__dict__.update(self.__dict__, device=torch.device("meta"), unfrozen=False, observed=None)
         return site
 
 

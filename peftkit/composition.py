@@ -8,7 +8,6 @@ import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from peftkit import recipe
 from peftkit.adapter import Adapter, LowRank, Shared
 from peftkit.errors import StateError
+from peftkit.kernels import no_autocast
 from peftkit.layers.kind import LayerKind
 
 LAYER = "_peftkit_layer"
@@ -61,6 +61,16 @@ class Running(NamedTuple):
     """Adapters that surround the forward, in order of activation."""
     fused: str | None
     """The one weight that is adapted, where all its forms are a sum that the kind's fast path can add to the output."""
+    bias: str | None = None
+    """The bias that goes with that weight."""
+    bare: bool = False
+    """Whether all that they do to it is to add a product: no start is subtracted from it, and there is no gain."""
+    groups: tuple[nn.Module, ...] = ()
+    """For each of `names`, the module that holds its adapters in this layer; `outer`, for each of `around`.
+
+    While compiling they are read here: a name would be compiled in, and the graph would be that adapter's alone.
+    """
+    outer: tuple[nn.Module, ...] = ()
 
 
 class Routing(ABC):
@@ -112,9 +122,9 @@ def adapted_parameter(layer: nn.Module, name: str, running: Running | Routing | 
     raw = raw_parameter(layer, name)
     if isinstance(running, Routing):
         raise StateError("a model that is compiled cannot give each sample a weight of its own; call it uncompiled")
-    if raw is None or running is None or not running.names:
+    if raw is None or running is None or not running.groups:
         return raw
-    steps = list(steps_for(layer, name, running.names))
+    steps = list(_steps(layer, name, adapters_of(layer, running)))
     if not steps or (raw.is_meta and not _is_meta(steps[0][0])):
         return raw
     kind = state_of(layer).kinds[name]
@@ -152,12 +162,26 @@ def adapters_in(layer: nn.Module, name: str) -> dict[str, Any]:
     return {} if group is None else group._modules
 
 
+def adapters_of(layer: nn.Module, running: Running) -> list[dict[str, Any]]:
+    """What each adapter with a weight form that runs has in the layer, by weight.
+
+    Looked up by name, because a replica of the layer (`DataParallel`) has replicas of its adapters; but not while
+    compiling.
+    """
+    if torch.compiler.is_compiling():
+        return [group._modules for group in running.groups]
+    held: Any = layer._modules["adapters"]
+    return [held._modules[name]._modules for name in running.names]
+
+
 def steps_for(layer: nn.Module, name: str, adapters: Iterable[str]) -> Iterator[tuple[Adapter, str]]:
     """What is applied to parameter `name`, in order: each adapter, and whether by its `weight` or by its `bias`."""
-    state = state_of(layer)
-    owner = state.bias_of.get(name)
-    for adapter_name in adapters:
-        group = adapters_in(layer, adapter_name)
+    return _steps(layer, name, [adapters_in(layer, adapter) for adapter in adapters])
+
+
+def _steps(layer: nn.Module, name: str, groups: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Adapter, str]]:
+    owner = state_of(layer).bias_of.get(name)
+    for group in groups:
         if name in group:
             yield group[name], "weight"
         if owner is not None and owner in group and type(group[owner]).bias is not Adapter.bias:
@@ -233,18 +257,12 @@ def _drops(adapter: Adapter) -> bool:
 
 
 def _dtype(adapter: nn.Module) -> torch.dtype | None:
-    for p in adapter.parameters():
-        if p.is_floating_point():
-            return p.dtype
+    for own in (adapter._parameters.values(), adapter.parameters()):  # most hold theirs themselves: no walk
+        for p in own:
+            if p is not None and p.is_floating_point():
+                return p.dtype
     return None
 
 
 def _is_meta(adapter: nn.Module) -> bool:
     return any(p.is_meta for p in adapter.parameters())
-
-
-def no_autocast(device: str) -> Any:
-    """A context in which autocast has no say."""
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)

@@ -15,7 +15,7 @@ from importlib.metadata import Distribution
 
 from peftkit import __version__
 
-GROUPS = {"peftkit.methods": "methods", "peftkit.layers": "layers"}
+GROUPS = {"peftkit.methods": "methods", "peftkit.layers": "layers", "peftkit.workloads": "workloads"}
 """Entry-point groups, with the name that each goes by in listings."""
 
 ALLOW = "PEFTKIT_PLUGINS"
@@ -35,9 +35,9 @@ class Claim:
     """One entry point, as the metadata of its distribution has it."""
 
     group: str
-    """`"methods"` or `"layers"`."""
+    """`"methods"`, `"layers"` or `"workloads"`."""
     name: str
-    """Of the method; or the qualified name of the layer's class."""
+    """Of the method or workload; or the qualified name of the layer's class."""
     package: str
     version: str
     target: str

@@ -13,6 +13,7 @@ from peftkit.adapter import Adapter
 from peftkit.composition import raw_parameter
 from peftkit.errors import StateError, UnsupportedLayerError
 from peftkit.installed import Installed, Placement, inner
+from peftkit.kernels import is_autocast
 from peftkit.merging import merge, unmerge
 from peftkit.rehearsal import call, leaves, seed
 from peftkit.resolve import modules_of
@@ -100,7 +101,7 @@ def _own_bound(known: Installed, outputs: Iterable[Tensor]) -> float:
     tensors = [t for t in (*weights, *outputs) if isinstance(t, Tensor) and t.is_floating_point()]
     epsilons = [torch.finfo(t.dtype).eps for t in tensors]
     for device in {t.device.type for t in tensors}:
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if is_autocast(device):
             epsilons.append(torch.finfo(torch.get_autocast_dtype(device)).eps)
         if device == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or any(w.dim() > 2 for w in weights)):
             epsilons.append(2**-10)  # TF32, which convolutions use unless told otherwise

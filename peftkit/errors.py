@@ -9,6 +9,7 @@
     │   └── PluginError         a package offers the method or layer kind, but it cannot be loaded, or is disabled
     ├── StateError              calls in an order that has no meaning (merging twice, say)
     ├── UnknownAdapterError     the model has no adapter of that name
+    ├── WorkloadError           a benchmark's workload is unknown, or something that it needs cannot be had
     └── FileError               an adapter file cannot be written or read
         ├── FormatError         it is truncated, altered, or no adapter file at all
         └── BaseMismatchError   it was made for another base model
@@ -56,6 +57,10 @@ class StateError(PeftkitError, RuntimeError):
 
 class UnknownAdapterError(PeftkitError, LookupError):
     """The model has no adapter of that name."""
+
+
+class WorkloadError(PeftkitError):
+    """A benchmark's workload is unknown, or something that it needs cannot be had."""
 
 
 class FileError(PeftkitError):

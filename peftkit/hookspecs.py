@@ -12,6 +12,7 @@ import pluggy
 if TYPE_CHECKING:
     from peftkit.layers.kind import LayerKind
     from peftkit.method import Method
+    from peftkit.workload import Workload
 
 hookspec = pluggy.HookspecMarker("peftkit")
 
@@ -44,4 +45,18 @@ def peftkit_layers() -> Iterable[type["LayerKind"]]:  # type: ignore[empty-body]
     >>> @peftkit.hookimpl
     ... def peftkit_layers():
     ...     return [MyLinear4bit]
+    """
+
+
+@hookspec
+def peftkit_workloads() -> Iterable[type["Workload"]]:  # type: ignore[empty-body]
+    """The workloads that this plugin offers to `peftkit bench`: classes, of each of which one instance is made.
+
+    Called once for each name that is asked for. The name of the entry point in the group `peftkit.workloads` must be
+    the `name` of exactly one of them. Since 0.1.
+
+    >>> import peftkit
+    >>> @peftkit.hookimpl
+    ... def peftkit_workloads():
+    ...     return [MyWorkload]
     """

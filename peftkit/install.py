@@ -6,23 +6,25 @@ if that is cut short, it is put back as it was.
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from peftkit import plugins
 from peftkit.adapter import Activation, Adapter, Shared, Site
-from peftkit.composition import LAYER, Adapted, base_class, is_swapped
+from peftkit.composition import LAYER, Adapted, base_class, is_swapped, state_of
 from peftkit.errors import StateError, UnsupportedLayerError
 from peftkit.installed import (
     Adapters,
     Installed,
     Placement,
     atomically,
-    collecting_later,
+    in_bulk,
     inner,
     installed,
+    is_wrapped,
+    named_parameters,
     record,
     unmerged,
     write_record,
@@ -75,7 +77,7 @@ def wrap(
     ['0.adapters.default.weight.down', '0.adapters.default.weight.up', '2.weight', '2.bias']
     """
     check_name(model, name)
-    with collecting_later():
+    with in_bulk():
         planned = plan(model, method, targets=targets, exclude=exclude, **hyperparameters)
         steps = observe(inner(model), planned.steps, data)
         states = shared_states(steps)
@@ -126,40 +128,46 @@ def install(
     values = in_place or {}
     known = record(model)
     root = inner(model)
-    placements = (
-        *(_held(root, number, state) for number, state in enumerate(shared)),
-        *(_placement(site, method, adapter, values) for site, method, adapter in built if adapter or site.unfrozen),
-    )
-    _refuse_shared_in_place(known, placements)
+    with in_bulk():
+        placements = (
+            *(_held(root, number, state) for number, state in enumerate(shared)),
+            *(_placement(site, method, adapter, values) for site, method, adapter in built if adapter or site.unfrozen),
+        )
+        _refuse_shared_in_place(known, placements)
+        readers = _readers(root, placements)
     layers = {id(p.layer): p.layer for p in placements}
-    others = {} if known is None else known.adapters
-    readers = _readers(root, [p for all_ in (*others.values(), placements) for p in all_])
     watch = known.watch if known else None
     if watch is None and any(follows_steps(p.method) for p in placements):
         watch = Watch(root)
+    base = {} if known else dict(root.named_parameters())
+    before = known or Installed({}, (), {path: p.requires_grad for path, p in base.items()}, dict(roles))
 
     def change() -> nn.Module:
-        flags = known.flags if known else {path: p.requires_grad for path, p in root.named_parameters()}
-        if known is None:
-            for p in root.parameters():
-                p.requires_grad_(False)
+        for p in base.values():
+            p.requires_grad_(False)
         for placement in placements:
             _place(name, placement)
-            for _, p in placement.trained():
+            for p in placement.learning():
                 p.requires_grad_(trainable)
         for reader, reads in readers:
-            _swap_for(reader, reads=reads)
+            own = state_of(reader).reads if is_swapped(reader) else ()
+            _swap_for(reader, reads=_each_once(*own, *reads))
         for layer in layers.values():
             if is_swapped(layer):
                 set_running(layer, active)
-        adapters = {**others, name: placements}
-        swapped_readers = tuple(reader for reader, _ in readers)
-        new = Installed(adapters, active, flags, dict(roles), readers=swapped_readers, watch=watch)
+        new = dataclasses.replace(
+            before,
+            adapters={**before.adapters, name: placements},
+            active=active,
+            readers=_each_once(*before.readers, *(reader for reader, _ in readers)),
+            watch=watch,
+            trained_in_place=before.trained_in_place.union(name for p in placements if p.adapter is None),
+        )
         write_record(root, new)
         _fill_in_place(placements, values)
         return model
 
-    return atomically(root, [*layers.values(), *(reader for reader, _ in readers)], change)
+    return atomically(root, [*layers.values(), *(reader for reader, _ in readers)], change, flags=base.values())
 
 
 def unwrap(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -194,9 +202,12 @@ def remove(model: nn.Module, names: Iterable[str]) -> nn.Module:
     root = inner(model)
     gone = set(names)
     left = {name: placements for name, placements in known.adapters.items() if name not in gone}
-    layers = known.layers(known.adapters)
+    layers = known.layers(gone)
     active = tuple(name for name in known.active if name in left)
-    readers = _readers(root, [p for placements in left.values() for p in placements])
+    with in_bulk():
+        # Who read no adapted weight so far will read none when there are fewer of them.
+        readers = _readers(root, [p for placements in left.values() for p in placements]) if known.readers else []
+    flags = () if left else root.parameters()
 
     def change() -> nn.Module:
         for placement in (p for name in gone for p in known.adapters[name] if p.adapter is None):
@@ -210,9 +221,14 @@ def remove(model: nn.Module, names: Iterable[str]) -> nn.Module:
         for reader, reads in readers:
             _swap_for(reader, reads=reads)
         if left:
-            swapped_readers = tuple(reader for reader, _ in readers)
-            merged = tuple(name for name in known.merged if name in left)
-            new = dataclasses.replace(known, adapters=left, active=active, merged=merged, readers=swapped_readers)
+            new = dataclasses.replace(
+                known,
+                adapters=left,
+                active=active,
+                merged=tuple(name for name in known.merged if name in left),
+                readers=tuple(reader for reader, _ in readers),
+                trained_in_place=known.trained_in_place - gone,
+            )
             write_record(root, new)
             return model
         write_record(root, None)
@@ -220,7 +236,7 @@ def remove(model: nn.Module, names: Iterable[str]) -> nn.Module:
             p.requires_grad_(known.flags.get(path, p.requires_grad))
         return model
 
-    return atomically(root, [*layers, *known.readers, *(reader for reader, _ in readers)], change)
+    return atomically(root, [*layers, *known.readers], change, flags=flags)
 
 
 def check_name(model: nn.Module, name: str) -> None:
@@ -236,7 +252,7 @@ def check_name(model: nn.Module, name: str) -> None:
         )
     known = record(model)
     if known is None:
-        below = next((path for path, m in inner(model).named_modules() if record(m) is not None), None)
+        below = next((path for path, m in inner(model).named_modules() if is_wrapped(m)), None)
         if below is not None:
             raise StateError(f"the submodule {below!r} is wrapped already; wrap that one again, or unwrap it first")
         return
@@ -258,7 +274,7 @@ def _placement(
     site: Site, method: Method, adapter: Adapter | Activation | None, in_place: Mapping[str, Tensor]
 ) -> Placement:
     learns = (
-        frozenset(n for n, p in adapter.named_parameters() if p.requires_grad) if adapter is not None else frozenset()
+        frozenset(n for n, p in named_parameters(adapter) if p.requires_grad) if adapter is not None else frozenset()
     )
     raw = site.layer._parameters.get(site.weight)
     version = None if raw is None or site.name in in_place else raw._version
@@ -292,14 +308,14 @@ def _place(name: str, placement: Placement) -> None:
     container: Any = layer._modules.get("adapters")
     if container is None:
         container = layer._modules["adapters"] = Adapters()
-        container.training = layer.training
+        container.__dict__["training"] = layer.training
     group = container._modules.get(name)
     if group is None:
         group = container._modules[name] = nn.ModuleDict()
-        group.training = layer.training
+        group.__dict__["training"] = layer.training  # past a setter that looks for tensors
     group._modules[placement.weight] = placement.adapter
     if not placement.shared:
-        _swap_for(layer, weight=placement.weight)
+        _swap_for(layer, weight=placement.weight, changed=(name,))
 
 
 def _fill_in_place(placements: Sequence[Placement], values: Mapping[str, Tensor]) -> None:
@@ -309,14 +325,26 @@ def _fill_in_place(placements: Sequence[Placement], values: Mapping[str, Tensor]
             parameter.data = values[placement.name].to(device=parameter.device, dtype=parameter.dtype)
 
 
-def _swap_for(layer: nn.Module, *, weight: str | None = None, reads: tuple[nn.Module, ...] | None = None) -> None:
-    """Swap the layer's class so that it can also adapt `weight`, or read the weights of `reads`; or swap it back."""
+def _swap_for(
+    layer: nn.Module,
+    *,
+    weight: str | None = None,
+    reads: tuple[nn.Module, ...] | None = None,
+    changed: Collection[str] = (),
+) -> None:
+    """Swap the layer's class so that it can also adapt `weight`, or read the weights of `reads`; or swap it back.
+
+    What was found out about adapters that have not `changed` is kept.
+    """
     own: Adapted | None = layer.__dict__.get(LAYER)
+    known = own is not None and weight in own.kinds and weight not in own.bias_of
+    if known and not any(name in active for active in own.found for name in changed):  # type: ignore[union-attr]
+        return  # one more adapter of a weight that has some: nothing to tell the layer
     if own is None:
         found = plugins.kind_of(type(layer))
         own = Adapted(type(layer), _fast_kind(type(layer)), found[0].family if found else None, {}, {})
     kinds, bias_of = dict(own.kinds), dict(own.bias_of)
-    if weight is not None and weight != "module":
+    if weight not in (None, "module") and (weight not in kinds or weight in bias_of):
         kinds[weight] = kind_for(layer, weight)
         bias = kinds[weight].weights(layer)[weight]
         if bias is not None:
@@ -327,12 +355,17 @@ def _swap_for(layer: nn.Module, *, weight: str | None = None, reads: tuple[nn.Mo
     names = own.names
     if weight == "module" and not names:
         names = tuple(inspect.signature(own.base.forward).parameters)[1:]
-    new = dataclasses.replace(own, kinds=kinds, bias_of=bias_of, lists=lists, reads=reads, names=names, found={})
+    found_out = {active: now for active, now in own.found.items() if not any(name in active for name in changed)}
+    new = dataclasses.replace(own, kinds=kinds, bias_of=bias_of, lists=lists, reads=reads, names=names, found=found_out)
     if not new.reads and "adapters" not in layer._modules:
         if is_swapped(layer):
             unswap(layer)
         return
     swap(layer, new)
+
+
+def _each_once(*modules: nn.Module) -> tuple[nn.Module, ...]:
+    return tuple({id(module): module for module in modules}.values())
 
 
 def _fast_kind(layer_class: Any) -> LayerKind | None:
@@ -350,7 +383,7 @@ def _remove_from(layer: nn.Module, names: set[str], active: tuple[str, ...]) -> 
     if not container._modules:
         del layer._modules["adapters"]
     if is_swapped(layer):
-        _swap_for(layer)
+        _swap_for(layer, changed=names)
     if is_swapped(layer):
         set_running(layer, active)
 
@@ -363,27 +396,28 @@ def _readers(root: nn.Module, placements: Sequence[Placement]) -> list[tuple[nn.
     for placement in placements:
         if placement.adapter is None or placement.shared:
             continue
-        path = paths[id(placement.layer)]
         found = plugins.kind_of(base_class(placement.layer))
         bias = found[0].weights(placement.layer).get(placement.weight) if found else None
-        adapted.setdefault(path, set()).update({placement.weight} | ({bias} if bias else set()))
+        names = adapted.setdefault(paths[id(placement.layer)], set())
+        names.update((placement.weight, bias) if bias else (placement.weight,))
     readers = find_readers(modules, {path: frozenset(names) for path, names in adapted.items()}, base_class)
     return [(modules[path], tuple(modules[child] for child in children)) for path, children in readers.items()]
 
 
 def _refuse_shared_in_place(known: Installed | None, placements: Sequence[Placement]) -> None:
-    """A weight that one adapter trains in place is no base for another."""
-    others = {} if known is None else known.adapters
+    """A weight that one adapter trains in place is no base for another. Nothing is looked at where none does."""
     mine = {id(p.in_place()): p for p in placements if p.adapter is None}
-    for placement in placements:
+    for placement in placements if mine else ():
         same = mine.get(id(placement.layer._parameters.get(placement.weight)))
         if placement.adapter is not None and not placement.shared and same is not None:
             raise UnsupportedLayerError(
                 f"{placement.name} is one weight with {same.name}, which is trained in place, so no adapter can stand "
                 "on it; give it one method"
             )
-    for name, existing in others.items():
-        taken = {id(p.in_place()): p for p in existing if p.adapter is None}
+    if known is None:
+        return
+    for name in known.trained_in_place:
+        taken = {id(p.in_place()) for p in known.adapters[name] if p.adapter is None}
         for placement in placements:
             raw = placement.layer._parameters.get(placement.weight)
             if id(raw) in taken:
@@ -391,7 +425,8 @@ def _refuse_shared_in_place(known: Installed | None, placements: Sequence[Placem
                     f"{placement.name} is trained in place by adapter {name!r}, so no other adapter can stand on it; "
                     f"use Full(keep_base=True) for {name!r}"
                 )
-        for placement in existing:
+    for name in known.adapters if mine else ():
+        for placement in known.adapters[name]:
             raw = placement.layer._parameters.get(placement.weight)
             if id(raw) in mine:
                 raise StateError(

@@ -12,12 +12,38 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from peftkit import plugins
 from peftkit.adapter import Activation, Adapter
 from peftkit.errors import StateError, UnknownAdapterError, did_you_mean
 from peftkit.method import Method
 
 _INSTALLED = "_peftkit_installed"
 T = TypeVar("T")
+
+
+def named_parameters(adapter: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    """`adapter.named_parameters()`, without a walk where there is nothing below: adapters are many and small."""
+    if adapter._modules:
+        return adapter.named_parameters()
+    return [(name, p) for name, p in adapter._parameters.items() if p is not None]
+
+
+def _state(adapter: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """The items of `adapter.state_dict()`, read where they are registered if that is all that it would do."""
+    own = type(adapter)
+    if (
+        adapter._modules
+        or adapter._state_dict_hooks
+        or adapter._state_dict_pre_hooks
+        or any(getattr(own, name) is not getattr(nn.Module, name) for name in _SAVING)
+    ):
+        return adapter.state_dict().items()
+    hidden = adapter._non_persistent_buffers_set
+    registered = (*adapter._parameters.items(), *(item for item in adapter._buffers.items() if item[0] not in hidden))
+    return [(name, t.detach()) for name, t in registered if t is not None]
+
+
+_SAVING = ("state_dict", "_save_to_state_dict", "get_extra_state")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -48,13 +74,19 @@ class Placement:
         """The parameters that the method trains here, by their name in the adapter's state."""
         if self.adapter is None:
             return [(self.name, self.in_place())]
-        return [(f"{self.name}.{n}", p) for n, p in self.adapter.named_parameters() if n in self.learns]
+        return [(f"{self.name}.{n}", p) for n, p in named_parameters(self.adapter) if n in self.learns]
+
+    def learning(self) -> list[nn.Parameter]:
+        """The parameters of `trained`."""
+        if self.adapter is None:
+            return [self.in_place()]
+        return [p for name, p in named_parameters(self.adapter) if name in self.learns]
 
     def tensors(self) -> list[tuple[str, Tensor]]:
         """Everything that a file must hold for this site, by name in the adapter's state."""
         if self.adapter is None:
             return [(self.name, self.in_place().detach())]
-        return [(f"{self.name}.{n}", t) for n, t in self.adapter.state_dict().items()]
+        return [(f"{self.name}.{n}", t) for n, t in _state(self.adapter)]
 
     def in_place(self) -> nn.Parameter:
         """The base's own parameter, where it is trained in place."""
@@ -78,6 +110,8 @@ class Installed:
     """Modules whose class was swapped because they read an adapted weight themselves."""
     watch: Any = None
     """Lets methods know of optimizer steps (`peftkit.stepping`), where one of them wants to."""
+    trained_in_place: frozenset[str] = frozenset()
+    """The adapters that train a weight of the base in place."""
 
     def placements(self, name: str) -> tuple[Placement, ...]:
         """Where the adapter `name` sits; `UnknownAdapterError` when there is none."""
@@ -98,7 +132,9 @@ class Installed:
 
     def in_place(self, name: str) -> Placement | None:
         """The first weight that the adapter trains in place, if it has one."""
-        return next((p for p in self.adapters[name] if p.adapter is None), None)
+        if name not in self.trained_in_place:
+            return None
+        return next(p for p in self.adapters[name] if p.adapter is None)
 
 
 class Adapters(nn.ModuleDict):
@@ -166,11 +202,16 @@ def record(model: nn.Module) -> Installed | None:
     return inner(model).__dict__.get(_INSTALLED)
 
 
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether this very module holds a record."""
+    return _INSTALLED in module.__dict__
+
+
 def installed(model: nn.Module) -> Installed:
     """The record of what is installed on the model; `StateError` when nothing is."""
     found = record(model)
     if found is None:
-        below = next((path for path, m in model.named_modules() if _INSTALLED in m.__dict__), None)
+        below = next((path for path, m in model.named_modules() if is_wrapped(m)), None)
         where = (
             f"its submodule {below!r} is: call this with that module"
             if below
@@ -206,17 +247,23 @@ def write_record(model: nn.Module, new: Installed | None) -> None:
     root.__dict__[_INSTALLED] = new
 
 
-def atomically(model: nn.Module, touched: Iterable[nn.Module], change: Callable[[], T]) -> T:
+def atomically(
+    model: nn.Module, touched: Iterable[nn.Module], change: Callable[[], T], *, flags: Iterable[nn.Parameter] = ()
+) -> T:
     """Run `change`; whatever it raises, the model and the `touched` modules are first put back as they were.
 
-    Classes, attributes, registered parameters and modules, and every parameter's `requires_grad` and `data` are
-    restored. What is written *into* a tensor is not: `change` must give a parameter other data instead.
+    Classes, attributes, registered parameters and modules are restored, and `requires_grad` and `data` of every
+    parameter that these modules hold themselves, or that is in `flags`. What is written *into* a tensor is not:
+    `change` must give a parameter other data instead. The rest of the model is not looked at, so that an operation on
+    one adapter costs the same however many others there are.
     """
     root = inner(model)
-    parameters = [(p, p.requires_grad, p.data) for p in root.parameters()]
-    before = [_Snapshot(module) for module in {id(m): m for m in (root, *touched)}.values()]
+    modules = list({id(m): m for m in (root, *touched)}.values())
+    held = [p for m in modules for p in m._parameters.values() if p is not None]
+    parameters = [(p, p.requires_grad, p.data) for p in {id(p): p for p in (*held, *flags)}.values()]
+    before = [_Snapshot(module) for module in modules]
     try:
-        with collecting_later():
+        with in_bulk():
             return change()
     except BaseException:
         for snapshot in before:
@@ -227,19 +274,23 @@ def atomically(model: nn.Module, touched: Iterable[nn.Module], change: Callable[
         raise
 
 
-class collecting_later(ContextDecorator):  # noqa: N801 - reads as the decorator that it is
-    """Puts garbage collection off while thousands of objects are made: one collection takes longer than all of them."""
+class in_bulk(ContextDecorator):  # noqa: N801 - reads as the decorator that it is
+    """For an operation on thousands of layers: collect garbage when it is done, because one collection takes longer
+    than all the rest; and look each layer class up once.
+    """
 
     def __enter__(self) -> None:
         self.was_enabled = gc.isenabled()
         gc.disable()
+        plugins.begin_operation()
 
     def __exit__(self, *_: object) -> None:
+        plugins.end_operation()
         if self.was_enabled:
             gc.enable()
 
-    def _recreate_cm(self) -> "collecting_later":
-        return collecting_later()
+    def _recreate_cm(self) -> "in_bulk":
+        return in_bulk()
 
 
 class _Snapshot:
@@ -251,7 +302,7 @@ class _Snapshot:
         self.module, self.cls, self.attributes = module, type(module), dict(module.__dict__)
         self.registers = {name: dict(module.__dict__[name]) for name in self._REGISTERS}
         adapters = module._modules.get("adapters")
-        self.adapters = _Snapshot(adapters) if isinstance(adapters, Adapters) else None
+        self.adapters = (adapters, dict(adapters._modules)) if isinstance(adapters, Adapters) else None
 
     def restore(self) -> None:
         module = self.module
@@ -262,7 +313,9 @@ class _Snapshot:
             module.__dict__[name].clear()
             module.__dict__[name].update(entries)
         if self.adapters is not None:
-            self.adapters.restore()
+            container, groups = self.adapters
+            container._modules.clear()
+            container._modules.update(groups)
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:

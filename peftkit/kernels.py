@@ -17,13 +17,23 @@ differentiated twice. While compiling and in functorch transforms the caller tak
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+def is_autocast(device: str) -> bool:
+    """Whether autocast is on for this type of device; some, the meta device for one, have none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def no_autocast(device: str) -> Any:
+    """A context in which autocast has no say."""
+    return torch.autocast(device, enabled=False) if is_autocast(device) else nullcontext()
 
 
 class _Lean(threading.local):
@@ -58,27 +68,32 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, up: Tensor, down: Tensor, sca
     It is in autocast's dtype where that is on and in the weight's otherwise, as the layer's own output is. The weight
     must be frozen.
     """
+    plain = x.dtype == w.dtype == up.dtype == down.dtype
+    if plain and not dropout and not torch._C._is_any_autocast_enabled():
+        return _plain(x, w, b, up, down, scale, None)
     device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, w.dtype)
+    autocast = is_autocast(device) and torch.float64 not in (x.dtype, w.dtype)
     dtype = torch.get_autocast_dtype(device) if autocast else w.dtype
     if dropout > _MOST:  # rarer than a byte can say
         return F.linear(x, w, b) + F.linear(F.linear(F.dropout(x, dropout), down.to(dtype)), up.to(dtype)) * scale
     drawn = _draw(dropout) if dropout else None
     if not autocast and x.dtype != w.dtype:
         return F.linear(x, w, b)  # torch's own error
-    if torch.is_grad_enabled() and (drawn or not x.dtype == w.dtype == up.dtype == down.dtype == dtype):
+    if torch.is_grad_enabled() and (drawn or not plain or x.dtype != dtype):
         y: Tensor = _LowRankLinear.apply(x, w, b, up, down, scale, drawn, dtype)  # type: ignore[no-untyped-call]
         return y
     if not autocast:
         return _plain(x, w, b, up, down, scale, drawn)
-    with torch.autocast(device, enabled=False):
+    with no_autocast(device):
         bias = None if b is None else b.to(dtype)
         return _plain(_cast(x, dtype), w.to(dtype), bias, up, down, scale, drawn)
 
 
 def _plain(x: Tensor, w: Tensor, b: Tensor | None, up: Tensor, down: Tensor, scale: float, drawn: Any) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    up, down = up.to(x.dtype), down.to(x.dtype)
+    flat = x.dim() == 2
+    rows = x if flat else x.reshape(-1, x.shape[-1])
+    if up.dtype != x.dtype or down.dtype != x.dtype:
+        up, down = up.to(x.dtype), down.to(x.dtype)
     kept = rows
     if drawn:
         kept = rows * keep_mask(rows, *drawn)
@@ -86,7 +101,8 @@ def _plain(x: Tensor, w: Tensor, b: Tensor | None, up: Tensor, down: Tensor, sca
     h = F.linear(kept, down)
     if not x.is_contiguous():  # for which torch takes another kernel, that rounds otherwise
         return F.linear(x, w, b) + (h @ up.mT).mul_(scale).view(*x.shape[:-1], up.shape[0])
-    return F.linear(rows, w, b).addmm_(h, up.mT, alpha=scale).view(*x.shape[:-1], up.shape[0])
+    y = F.linear(rows, w, b).addmm_(h, up.mT, alpha=scale)
+    return y if flat else y.view(*x.shape[:-1], up.shape[0])
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -94,7 +110,7 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, up: Tensor, down: Tensor, scale: float, drawn: Any, dtype: Any
     ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device.type):
             cast = _cast(x, dtype)
             used = w.to(dtype)
             y = F.linear(cast, used, None if b is None else b.to(dtype)).contiguous()
@@ -124,7 +140,7 @@ class _LowRankLinear(torch.autograd.Function):
         wants_x, _, wants_b, wants_up, wants_down, *_ = ctx.needs_input_grad
         dtype, scale = ctx.dtype, ctx.scale
         grad_x = grad_b = grad_up = grad_down = mask = None
-        with torch.autocast(grad.device.type, enabled=False):
+        with no_autocast(grad.device.type):
             grad = grad.reshape(-1, grad.shape[-1])
             if wants_b:
                 grad_b = grad.sum(0).to(b_dtype)

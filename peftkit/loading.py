@@ -22,6 +22,7 @@ from peftkit.discovery import Claim
 from peftkit.errors import PluginError
 from peftkit.layers.kind import LayerKind
 from peftkit.method import Method
+from peftkit.workload import Workload
 
 lock = threading.RLock()
 """Held while anything is loaded. Reentrant: a plugin may ask for another one while it is imported."""
@@ -44,7 +45,7 @@ def _manager() -> pluggy.PluginManager:
 
 
 def load(claim: Claim) -> Any:
-    """What the claim promises: a `Method` class, or an instance of a `LayerKind`. Raises `PluginError`."""
+    """What the claim promises: a `Method` class, or a `LayerKind` or `Workload` instance. Raises `PluginError`."""
     with lock:
         if claim not in _failures:
             try:
@@ -77,7 +78,7 @@ def message(claim: Claim, why: str) -> str:
 
 def noun(group: str) -> str:
     """What one member of a group is called."""
-    return "method" if group == "methods" else "layer kind"
+    return {"methods": "method", "layers": "layer kind", "workloads": "workload"}[group]
 
 
 def reason(error: BaseException) -> str:
@@ -144,7 +145,7 @@ def _offered(claim: Claim, plugin: Any) -> list[Any]:
             raise PluginError(f"its hook {name} returned {reprlib.repr(answer)}, not a list of classes")
         offered.extend(answer)
     for offer in offered:
-        fault = _method_fault(offer) if claim.group == "methods" else _kind_fault(offer)
+        fault = _method_fault(offer) if claim.group == "methods" else _class_fault(offer, _MADE_OF[claim.group])
         if fault:
             raise PluginError(f"its hook {name} offers {reprlib.repr(offer)}, {fault}")
     return offered
@@ -163,11 +164,15 @@ def _method_fault(offer: Any) -> str:
     return _abstract(offer)
 
 
-def _kind_fault(offer: Any) -> str:
-    if isinstance(offer, LayerKind):
+_MADE_OF: dict[str, type[Any]] = {"layers": LayerKind, "workloads": Workload}
+"""Groups whose classes are made into one instance each, when they are picked."""
+
+
+def _class_fault(offer: Any, contract: type[Any]) -> str:
+    if isinstance(offer, contract):
         return "an object; it must offer the class itself"
-    if not (isinstance(offer, type) and issubclass(offer, LayerKind)):
-        return "which is no subclass of peftkit.LayerKind"
+    if not (isinstance(offer, type) and issubclass(offer, contract)):
+        return f"which is no subclass of peftkit.{contract.__name__}"
     return _abstract(offer)
 
 
@@ -177,7 +182,7 @@ def _abstract(offer: type) -> str:
 
 
 def _picked(claim: Claim, offered: list[Any]) -> Any:
-    attribute = "name" if claim.group == "methods" else "serves"
+    attribute = "serves" if claim.group == "layers" else "name"
     names = [getattr(offer, attribute, None) for offer in offered]
     if names.count(claim.name) != 1:
         raise PluginError(f"its hook peftkit_{claim.group} offers {names}, not {claim.name!r} once")

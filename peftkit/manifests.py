@@ -8,9 +8,9 @@ import ctypes
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,28 @@ from peftkit.installed import Placement
 
 FORMAT = 1
 """Version of the file format; a reader refuses a later one."""
+
+DTYPES = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F32": torch.float32,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The dtypes that a file can hold, by their names there, in the order in which safetensors puts them."""
 
 _SAMPLES = 8
 """How many values of each base weight a file remembers, to tell one base from another of the same shapes."""
@@ -36,19 +58,23 @@ def describe(
     placements = tuple(placement for placement in placements if not placement.shared)
     methods = {placement.method.key: placement.method for placement in placements}
     numbers = {key: number for number, key in enumerate(methods)}
-    packages = {info.name: info for info in plugins.methods()}
-    sites = []
+    facts, remembered = [], []
     for placement in placements:
         raw = originals.get((id(placement.layer), placement.weight))
-        sites.append(
-            {
-                "path": placement.path,
-                "weight": placement.weight,
-                "method": numbers[placement.method.key],
-                "in_place": placement.adapter is None,
-                **base_facts(placement.layer, placement.weight, raw, in_place=placement.adapter is None),
-            }
-        )
+        facts.append(base_facts(placement.layer, placement.weight, raw))
+        remembered.append(None if placement.adapter is None else facts[-1].raw)
+    sites = [
+        {
+            "path": placement.path,
+            "weight": placement.weight,
+            "method": numbers[placement.method.key],
+            "in_place": placement.adapter is None,
+            "layer": fact.layer,
+            "shape": fact.shape,
+            "sample": sample,
+        }
+        for placement, fact, sample in zip(placements, facts, samples(remembered), strict=True)
+    ]
     return {
         "format": FORMAT,
         "name": name,
@@ -56,10 +82,10 @@ def describe(
             {
                 "name": method.name,
                 "fields": method.fields(),
-                "package": packages[method.name].package if method.name in packages else "",
-                "version": packages[method.name].version if method.name in packages else "",
+                "package": info.package if info else "",
+                "version": info.version if info else "",
             }
-            for method in methods.values()
+            for method, info in ((method, plugins.info(method.name)) for method in methods.values())
         ],
         "sites": sites,
         "fingerprint": fingerprint(sites),
@@ -67,29 +93,51 @@ def describe(
     }
 
 
-def base_facts(layer: nn.Module, weight: str, raw: Tensor | None = None, *, in_place: bool) -> dict[str, Any]:
-    """What a file remembers of the base at one site: its type, its shape, and a few of its values."""
+class BaseFacts(NamedTuple):
+    """What a file remembers of the base at one site; `raw` is the weight itself, None for a whole module."""
+
+    layer: str
+    shape: list[int]
+    raw: Tensor | None
+
+
+def base_facts(layer: nn.Module, weight: str, raw: Tensor | None = None) -> BaseFacts:
+    """The layer's type and the weight's shape; `raw` is given where the layer holds another weight than the base's."""
     if weight == "module":
-        return {"layer": base_class(layer).__qualname__, "shape": [], "sample": None}
+        return BaseFacts(base_class(layer).__qualname__, [], None)
     raw = raw_parameter(layer, weight) if raw is None else raw
-    return {
-        "layer": base_class(layer).__qualname__,
-        "shape": list(raw.shape),
-        "sample": None if in_place or raw.is_meta else _sample(raw),
-    }
+    return BaseFacts(base_class(layer).__qualname__, list(raw.shape), raw)
 
 
-def _sample(raw: Tensor) -> str:
-    """A few values, evenly spread, as bfloat16 in hexadecimal: the same for a base in float32 and in bfloat16."""
-    if raw.numel() == 0:
-        return ""
-    places = _places(raw.numel()).to(raw.device)
-    if raw.is_contiguous():
-        values = raw.detach().view(-1)[places]
-    else:
-        values = raw.detach()[torch.unravel_index(places, raw.shape)]
-    sample = values.to(device="cpu", dtype=torch.bfloat16).contiguous()
-    return ctypes.string_at(sample.data_ptr(), 2 * _SAMPLES).hex()
+def samples(weights: Sequence[Tensor | None]) -> list[str | None]:
+    """A few values of each weight, evenly spread, as bfloat16 in hexadecimal: the same for a base in float32 and in
+    bfloat16. None for no weight, and for one on the meta device.
+    """
+    found: list[str | None] = [None] * len(weights)
+    picked: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
+    for i, raw in enumerate(weights):
+        if raw is None or raw.is_meta:
+            continue
+        if raw.numel() == 0:
+            found[i] = ""
+            continue
+        picked.setdefault((raw.device, raw.dtype), []).append((i, _pick(raw.detach())))
+    size = 2 * _SAMPLES
+    for chosen in picked.values():  # all of a kind at once: converted one by one they take ten times as long
+        values = torch.stack([value for _, value in chosen]).to(device="cpu", dtype=torch.bfloat16).contiguous()
+        data = ctypes.string_at(values.data_ptr(), size * len(chosen))
+        for n, (i, _) in enumerate(chosen):
+            found[i] = data[n * size : (n + 1) * size].hex()
+    return found
+
+
+def _pick(raw: Tensor) -> Tensor:
+    places = _places(raw.numel())
+    if raw.device.type != "cpu":
+        places = places.to(raw.device)
+    if raw.element_size() > 1:
+        return torch.take(raw, places)
+    return raw.reshape(-1)[places]  # nothing is taken of 8-bit floats
 
 
 @functools.lru_cache(maxsize=1024)
@@ -113,9 +161,15 @@ def digest(data: bytes) -> str:
 def tensor_digest(tensor: Tensor) -> str:
     """The digest of a contiguous CPU tensor's dtype, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
-    if tensor.numel():
-        digest.update((ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr()))
+    digest.update(data_of(tensor))
     return digest.hexdigest()
+
+
+def data_of(tensor: Tensor) -> Any:
+    """The bytes of a contiguous CPU tensor, not copied; valid as long as the tensor lives."""
+    if not tensor.numel():
+        return b""
+    return (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
 
 
 def check(path: Path, manifest: Any, seal: Any) -> None:
@@ -143,7 +197,8 @@ def check(path: Path, manifest: Any, seal: Any) -> None:
                 and type(s["method"]) is int
                 and 0 <= s["method"] < len(methods)
                 and isinstance(s["layer"], str)
-                and all(type(n) is int and n >= 0 for n in s["shape"])
+                and {*map(type, s["shape"])} <= {int}
+                and min(s["shape"], default=0) >= 0
                 and (s["sample"] is None or isinstance(bytes.fromhex(s["sample"]), bytes))
                 for s in sites
             )

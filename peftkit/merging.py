@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from peftkit.adapter import Activation, Adapter
 from peftkit.composition import compose, is_swapped, state_of, steps_for
 from peftkit.errors import StateError, UnsupportedLayerError
+from peftkit.finite import find_not_finite
 from peftkit.install import remove
-from peftkit.installed import Installed, atomically, collecting_later, inner, installed, unmerged, write_record
+from peftkit.installed import Installed, atomically, in_bulk, inner, installed, unmerged, write_record
 from peftkit.resolve import modules_of
 from peftkit.running import set_running
 
@@ -40,7 +41,7 @@ def merge(model: nn.Module, name: str | None = None, *, keep_base: bool = True, 
     known = unmerged(model, "merge again")
     names = _names_to_merge(known, name, keep_base=keep_base)
     root = inner(model)
-    with collecting_later():
+    with in_bulk():
         folded = _fold(root, known, names, untie=untie)
     layers = known.layers(names)
 
@@ -63,7 +64,7 @@ def merge(model: nn.Module, name: str | None = None, *, keep_base: bool = True, 
     config: Any = getattr(root, "config", None)
     tied = getattr(config, "tie_word_embeddings", None)
     try:
-        return atomically(root, [*known.layers(known.adapters), *known.readers], change)
+        return atomically(root, [*layers, *known.readers], change)
     except BaseException:
         if tied is True:
             config.tie_word_embeddings = True
@@ -150,11 +151,17 @@ def _fold(
             if placement.adapter is not None:
                 paths[id(placement.layer)] = (placement.path, placement.layer)
     folded = []
+    values = {}
     for path, layer in paths.values():
         for weight in state_of(layer).kinds:
             steps = list(steps_for(layer, weight, names))
             if steps and layer._parameters.get(weight, layer) is not None:
-                folded.append((layer, weight, *_merged(path, layer, weight, steps)))
+                raw, value = _merged(path, layer, weight, steps)
+                folded.append((layer, weight, raw, value))
+                values[f"{path}.{weight}"] = value
+    wrong = find_not_finite(values)
+    if wrong is not None:
+        raise UnsupportedLayerError(f"the merged {wrong} is not finite; look at its adapter, it is not merged")
     if not untie:
         _refuse_tied(root, folded)
     return folded
@@ -170,10 +177,7 @@ def _merged(path: str, layer: nn.Module, weight: str, steps: list[tuple[Adapter,
         )
     with torch.no_grad():
         value = compose(layer, weight, raw.detach(), steps, dropping=False, at_least=torch.float32)
-        value = torch.empty_like(raw).copy_(value)
-    if not raw.is_meta and not value.isfinite().all():
-        raise UnsupportedLayerError(f"the merged {path}.{weight} is not finite; look at its adapter, it is not merged")
-    return raw, value
+        return raw, torch.empty_like(raw).copy_(value)
 
 
 def _refuse_tied(root: nn.Module, folded: list[tuple[nn.Module, str, nn.Parameter, Tensor]]) -> None:

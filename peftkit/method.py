@@ -6,7 +6,7 @@ import json
 import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
@@ -20,11 +20,15 @@ from peftkit.selectors import Selector
 class HuggingFace:
     """What a method is called in HF PEFT's adapter folders: with it, files go both ways and no core code knows of it.
 
-    A tensor of ours and its counterpart hold the same numbers in the same order, whatever their shapes.
+    A tensor of ours and its counterpart hold the same numbers: in one shape, or in that of a layout. A field that has
+    no counterpart is about the start or the training alone: it may be lost. A subclass that declares nothing of its
+    own is written as the class that it inherits from, and read as that.
     """
 
     peft_type: str
-    """The value of `peft_type` in `adapter_config.json`: `"LORA"`."""
+    """The value of `peft_type` in `adapter_config.json`: `"LORA"`. Of a method that stands beside others only, the name
+    of its entry there.
+    """
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Our field → theirs: `{"rank": "r"}`."""
     tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -38,6 +42,36 @@ class HuggingFace:
     """Our tensor of the shared state → theirs below the base model."""
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Entries of the configuration that tell this method from others of its type: `{"use_dora": True}`."""
+    layouts: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    """How theirs hold the numbers of ours: layer → our tensor → layout, for tensors that are not of one shape. A layer
+    is `"conv"`, `"stack"` (weights with leading dimensions) or `""`, any. A layout has a word for each dimension of
+    theirs: `a`, `b`, `c` are our dimensions, joined if they stand together; `-` is what is left; `1` is one; `kernel`
+    are the kernel's dimensions, `ones` as many ones. `"stored"` is the weight as its layer stores it.
+    """
+    kinds: Collection[str] = ()
+    """The layer kinds that it is for there, by their class names; none means any."""
+    own_convolution: bool = False
+    """Whether it runs a convolution of its own there, which has the layer's stride and padding and nothing else."""
+    patterns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Our field → the entry that holds its other values, for the layers that have these."""
+    lists: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Our yes-or-no field → the entry that lists the layers for which it is yes."""
+    bias: str | None = None
+    """The value of `bias` there that trains the biases of the layers adapted; None where there is no such entry."""
+    part: str | None = None
+    """The entry by which it stands in another method's folder: `"modules_to_save"`, `"trainable_token_indices"`."""
+    reads: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What our fields are where the configuration has nothing to say; otherwise their own defaults."""
+    ignored: Mapping[str, Collection[Any] | None] = dataclasses.field(default_factory=dict)
+    """Entries that change nothing in what is computed, with the values for which that is so; None for any value."""
+    unsaved: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Our tensors, of an adapter or shared, that have no counterpart because only training needs them, with the value
+    that they have before it.
+    """
+    prefix: str = "base_model."
+    """What stands before the names of shared tensors."""
+    tasks: Collection[str] = ()
+    """The values of `task_type` without which it does nothing there, for a method that needs one."""
 
 
 @dataclasses.dataclass(frozen=True)

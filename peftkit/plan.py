@@ -3,13 +3,13 @@
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from peftkit import plugins
 from peftkit.adapter import Shared, Site
@@ -193,12 +193,11 @@ def shared_states(steps: Sequence[tuple[Site, Method]]) -> dict[str, State]:
     """The state that sites share, by the key of the method that has it, in the order of the methods' first sites."""
     sites: dict[str, tuple[Method, list[Site]]] = {}
     for site, method in steps:
-        if type(method).shared is not Method.shared:
+        if shares(method):
             sites.setdefault(method.key, (method, []))[1].append(site)
     states = {}
     for key, (method, mine) in sites.items():
-        with _at(mine[0], method):
-            state = method.shared(mine)
+        state = _made(mine[0], method, method.shared, mine)
         if state is None:
             continue
         if not isinstance(state, nn.Module):
@@ -207,28 +206,49 @@ def shared_states(steps: Sequence[tuple[Site, Method]]) -> dict[str, State]:
     return states
 
 
+def shares(method: Method) -> bool:
+    """Whether the method may have state that its sites share."""
+    return type(method).shared is not Method.shared
+
+
 def shared_for(states: Mapping[str, State], method: Method) -> Shared | None:
     """The handle on the state that a method shares, or None."""
-    if type(method).shared is Method.shared or method.key not in states:
+    if not shares(method) or method.key not in states:
         return None
     return Shared(states[method.key].module)
 
 
 def adapter_for(site: Site, method: Method, shared: Shared | None) -> Any:
     """What the method gives for one site. On the meta device nothing is computed."""
-    with _at(site, method):
-        return method.adapter(site, shared)
+    return _made(site, method, method.adapter, site, shared)
 
 
-@contextmanager
-def _at(site: Site, method: Method) -> Iterator[None]:
-    """Where a method makes something for a site: on meta where the site is, and named in what it raises."""
+def _made(site: Site, method: Method, make: Callable[..., Any], *args: Any) -> Any:
+    """What a method makes for a site: on meta where the site is. The method is named in what it raises."""
     try:
-        with torch.device("meta") if site.device.type == "meta" else nullcontext():
-            yield
+        if site.device.type != "meta":
+            return make(*args)
+        with _OnMeta(site.device):
+            return make(*args)
     except Exception as error:
         error.add_note(f"raised by the method {method} ({type(method).__module__}) at {site.name or 'the model'}")
         raise
+
+
+class _OnMeta(DeviceContext):
+    """`with torch.device("meta")`, but nothing is filled with values that have nowhere to go: to fill a tensor with
+    none takes torch longer on that device than all else that a small adapter is made of.
+    """
+
+    _FILLS = frozenset({Tensor.uniform_, Tensor.normal_})
+    _FILLED = frozenset({torch.zeros, torch.ones})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._FILLS and args[0].is_meta:
+            return args[0]
+        if func in self._FILLED and not (kwargs and kwargs.get("device")):
+            func = torch.empty
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
 
 def _dry_run(site: Site, method: Method, shared: Shared | None) -> tuple[int, bool]:

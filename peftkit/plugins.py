@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import pkgutil
+import threading
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ from torch import nn
 
 from peftkit import __version__, discovery, layers, loading
 from peftkit.discovery import Claim
-from peftkit.errors import PluginError, UnknownMethodError, did_you_mean
+from peftkit.errors import PluginError, UnknownMethodError, WorkloadError, did_you_mean
 from peftkit.layers.kind import LayerKind, Parameter
 from peftkit.method import Method
+from peftkit.workload import Workload
 
 _OUT_OF_ORDER = ("broken", "incompatible", "ambiguous")
 
@@ -45,13 +47,26 @@ class MethodInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkloadInfo:
+    """A workload that is installed, as its package's metadata has it."""
+
+    name: str
+    package: str
+    version: str
+
+    def __str__(self) -> str:
+        """`tiny-mlp (peftkit 0.1.0)`."""
+        return f"{self.name} ({self.package} {self.version})"
+
+
+@dataclass(frozen=True, slots=True)
 class PluginInfo:
     """One entry point of an installed package, and what became of it."""
 
     group: str
-    """`"methods"` or `"layers"`."""
+    """`"methods"`, `"layers"` or `"workloads"`."""
     name: str
-    """Of the method; or the qualified name of the layer's class."""
+    """Of the method or workload; or the qualified name of the layer's class."""
     package: str
     version: str
     target: str
@@ -79,6 +94,17 @@ def methods() -> list[MethodInfo]:
     return sorted(found, key=lambda info: (info.name, info.package))
 
 
+def info(name: str) -> MethodInfo | None:
+    """Which package offers the method called `name`, for a method that is in use; None for a class of nobody's.
+
+    Unlike `methods` it reads the metadata of what is installed at most once, and for a built-in method never.
+    """
+    claim = _builtin_methods().get(name)
+    if claim is None:
+        claim = next((claim for claim in _rivals("methods", name, _claims())), None)
+    return MethodInfo(claim.name, claim.package, claim.version) if claim else None
+
+
 def method(name: str) -> type[Method]:
     """The class of the method called `name`; its package is imported now, if it was not before.
 
@@ -103,6 +129,40 @@ def method(name: str) -> type[Method]:
     return found
 
 
+def workloads() -> list[WorkloadInfo]:
+    """Every installed workload that is not disabled, sorted by name. Imports no plugin.
+
+    >>> from peftkit import plugins
+    >>> "tiny-mlp" in [info.name for info in plugins.workloads()]
+    True
+    """
+    claims = _read_again()
+    _refuse_disorder(claims)
+    builtin = _builtin_workloads()
+    others = [c for c in claims if c.group == "workloads" and c.name not in builtin]
+    allowed = [claim for claim in others if not discovery.disabled_by(claim.package)]
+    found = {WorkloadInfo(claim.name, claim.package, claim.version) for claim in (*builtin.values(), *allowed)}
+    return sorted(found, key=lambda info: (info.name, info.package))
+
+
+def workload(name: str) -> Workload:
+    """The workload called `name`; its package is imported now, if it was not before. Nothing is built or downloaded.
+
+    Raises `WorkloadError` when nothing installed offers it, `PluginError` when what offers it cannot be loaded.
+
+    >>> from peftkit import plugins
+    >>> plugins.workload("tiny-mlp").unit
+    'samples'
+    """
+    claim = _builtin_workloads().get(name) or _chosen("workloads", name, _read_again())
+    if claim is None:
+        known = [info.name for info in workloads()]
+        hint = did_you_mean(name, known) or ";"
+        raise WorkloadError(f"no workload called {name!r} is installed{hint} Installed: {', '.join(known)}")
+    found: Workload = loading.load(claim)
+    return found
+
+
 def plugins() -> list[PluginInfo]:
     """Every entry point that an installed package has for peftkit, with its state. Imports nothing, and never raises.
 
@@ -120,16 +180,42 @@ def kind_of(layer_class: type[nn.Module]) -> tuple[LayerKind, type] | None:
 
     Raises `PluginError` when a plugin offers the kind, and cannot be loaded.
     """
+    met = _operation.kinds
+    if met is not None and layer_class in met:
+        return met[layer_class]
     settings = discovery.settings()
     known = _kinds.get(layer_class)
     if known is None or known[0] != settings:
         with loading.lock:
             known = _kinds[layer_class] = (settings, _find_kind(layer_class))
+    if met is not None:
+        met[layer_class] = known[1]
     return known[1]
+
+
+def begin_operation() -> None:
+    """Until `end_operation`, look each layer class up once in this thread: reading the environment for every one of
+    thousands of layers takes longer than all else that is done with them.
+    """
+    _operation.kinds = {}
+
+
+def end_operation() -> None:
+    """Look at the environment again from now on, whichever operation began."""
+    _operation.kinds = None
 
 
 parameter_kind = Parameter()
 """Serves any parameter that no other kind does."""
+
+
+class _Operation(threading.local):
+    """What the operation that runs in this thread has found so far; None where none runs."""
+
+    kinds: "dict[type, tuple[LayerKind, type] | None] | None" = None
+
+
+_operation = _Operation()
 
 # Each with the settings under which it was found: what is disabled later is not used any more.
 _kinds: "weakref.WeakKeyDictionary[type, tuple[object, tuple[LayerKind, type] | None]]" = weakref.WeakKeyDictionary()
@@ -157,6 +243,8 @@ def _claims() -> tuple[Claim, ...]:
 def _read_again() -> tuple[Claim, ...]:
     _claims.cache_clear()
     _kinds.clear()
+    if _operation.kinds is not None:
+        _operation.kinds.clear()
     return _claims()
 
 
@@ -165,6 +253,15 @@ def _builtin_methods() -> dict[str, Claim]:
     package = importlib.import_module("peftkit.methods")  # the attribute of that name is the function above
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
     return {name: Claim("methods", name, "peftkit", __version__, f"peftkit.methods.{name}") for name in names}
+
+
+@functools.cache
+def _builtin_workloads() -> dict[str, Claim]:
+    package = importlib.import_module("peftkit.workloads")
+    return {
+        name: Claim("workloads", name, "peftkit", __version__, f"peftkit.workloads.{module}")
+        for name, module in package.MODULES.items()
+    }
 
 
 @functools.cache
@@ -207,7 +304,7 @@ def _state(claim: Claim, claims: Iterable[Claim]) -> tuple[str, str]:
     disabled = discovery.disabled_by(claim.package)
     if disabled:
         return "disabled", disabled
-    if claim.name in (_builtin_methods() if claim.group == "methods" else _builtin_kinds()):
+    if claim.name in _builtins_of(claim.group):
         return "ambiguous", "the name is a built-in's, and the built-in is used"
     misfit = discovery.misfit(claim)
     if misfit[0]:
@@ -216,6 +313,12 @@ def _state(claim: Claim, claims: Iterable[Claim]) -> tuple[str, str]:
     if others:
         return "ambiguous", "also offered by " + " and ".join(f"{other.owner} ({other.target})" for other in others)
     return loading.state(claim)
+
+
+def _builtins_of(group: str) -> Iterable[str]:
+    if group == "layers":
+        return _builtin_kinds()
+    return _builtin_methods() if group == "methods" else _builtin_workloads()
 
 
 def _refuse_disorder(claims: tuple[Claim, ...]) -> None:

@@ -26,6 +26,8 @@ class _Open(threading.local):
 
     def __init__(self) -> None:
         self.recipes: dict[int, Recipe] | None = None
+        self.pack: Any = None
+        """The hook that recognises them."""
 
 
 _open = _Open()
@@ -130,11 +132,12 @@ def recipes() -> Iterator[None]:
             return tensor if tensor.is_leaf else tensor.detach()  # an output that held itself would never be freed
         return recipe, tensor.size(), tensor.stride(), tensor.storage_offset()
 
+    _open.pack = pack
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack_view):
             yield
     finally:
-        _open.recipes = None
+        _open.recipes = _open.pack = None
 
 
 def _never(_: None) -> Tensor:
@@ -157,8 +160,14 @@ def _unpack_view(packed: Any) -> Tensor:
 
 
 def wanted(nbytes: int) -> bool:
-    """Whether a weight of this size is to be made by a recipe, here and now."""
-    return _open.recipes is not None and nbytes >= SMALLEST
+    """Whether a weight of this size is to be made by a recipe, here and now.
+
+    Not where somebody has put hooks on top of ours since: a checkpointed block inside a frame of its parent's must save
+    what it saves when it runs again, outside that frame.
+    """
+    if _open.recipes is None or nbytes < SMALLEST:
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)[0] is _open.pack
 
 
 def made(make: Callable[[], Tensor], remake: Callable[[], Tensor], ingredients: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from peftkit import plugins
 from peftkit.adapter import Site, adapter_dtype
@@ -46,17 +46,17 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by its first path, without what wrapping has added."""
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
-
-    def walk(module: nn.Module, path: str) -> None:
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
         if id(module) in seen or isinstance(module, Adapters):
-            return
+            continue
         seen.add(id(module))
         found[path] = module
-        for name, child in module._modules.items():
-            if child is not None:
-                walk(child, f"{path}.{name}" if path else name)
-
-    walk(model, "")
+        if module._modules:
+            prefix = f"{path}." if path else ""
+            children = [(prefix + name, child) for name, child in module._modules.items() if child is not None]
+            waiting += reversed(children)  # the first is taken next
     return found
 
 
@@ -292,7 +292,7 @@ def _fits(kind: Any, layer: nn.Module, weight: str) -> bool:
 
 def is_lazy(raw: Any) -> bool:
     """Whether a parameter has no shape yet."""
-    return isinstance(raw, (UninitializedParameter, UninitializedBuffer))
+    return isinstance(raw, UninitializedTensorMixin)
 
 
 def _is_sharded(raw: Any) -> bool:

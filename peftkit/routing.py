@@ -1,8 +1,9 @@
 """One adapter for each sample of a batch, for every method, in training too.
 
 A layer cannot know which of its rows belong to which sample; sizes coincide. So a row is given to a sample only where
-that is certain (rule R5 in docs/design.md), and everything else is refused by name. Rows are then grouped by adapter,
-each group runs alone, and the outputs are put back in order: a method's author writes nothing for it.
+that is certain (rule R5 in docs/design.md), and everything else is refused by name. Where all adapters of a layer are
+low-rank sums, it runs once and all updates are added together (`peftkit.grouped`). Elsewhere rows are grouped by
+adapter, each group runs alone, and the outputs are put back in order: a method's author writes nothing for it.
 
 `split=True` groups the model's own batch instead and runs the whole model once per adapter: it serves every model whose
 outputs treat samples alone, also where rows cannot be told.
@@ -15,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from peftkit.adapter import Activation
 from peftkit.composition import RUNNING, Routing, Running, base_class, is_swapped, running_in, state_of
 from peftkit.errors import StateError, UnsupportedLayerError
+from peftkit.grouped import Grouped, grouped
 from peftkit.installed import Installed, inner, unmerged
 from peftkit.lifecycle import using
 from peftkit.running import set_running
@@ -32,6 +35,10 @@ def routed(model: nn.Module, names: Sequence[str | None], *, dim: int = 0, split
 
     The output of every sample equals that of the sample run alone with its adapter. A batch may hold a whole number of
     rows for each name, side by side, as beam search does. With gradient checkpointing, call `backward()` inside.
+
+    Where a layer's adapters are low-rank sums on a linear layer, the base runs once for the whole batch. Without
+    gradients the block then keeps copies of their factors: stay in it for many calls rather than enter it for each,
+    and do not write into `parameter.data` meanwhile, which nobody can see.
 
     Args:
         model: a wrapped model.
@@ -100,12 +107,25 @@ class _Batch:
         self.depth -= 1
 
     def row_names(self) -> list[str | None]:
-        """The adapter of each row; where the model is entered by a part of it (an encoder), of each sample."""
+        """The adapter of each row."""
         if self.scope is not None:
             return self.scope
-        inside = self.depth or torch._C._current_graph_task_id() != -1
-        repeat = self.rows // len(self.names) if inside else 1
+        repeat = self.all_rows() // len(self.names)
         return [name for name in self.names for _ in range(repeat)]
+
+    def all_rows(self) -> int:
+        """How many rows the batch has; where the model is entered by a part of it (an encoder), one for each sample."""
+        inside = self.depth or torch._C._current_graph_task_id() != -1
+        return self.rows if inside else len(self.names)
+
+    def dim_of(self, x: Tensor, rows: int | None = None) -> int | None:
+        """The dimension of `x` in which the samples' rows are, flattened with others perhaps; None if not certain."""
+        rows = self.all_rows() if rows is None else rows
+        if x.dim() >= self.dim + 2 and x.shape[self.dim] == rows:
+            return self.dim
+        if self.dim == 0 and x.dim() == 2 and any(x.shape[0] == rows * t for t in self.lengths):
+            return 0
+        return None
 
 
 @dataclasses.dataclass(eq=False)
@@ -116,9 +136,25 @@ class _LayerRouting(Routing):
     batch: _Batch
     running: Mapping[str | None, Running | None]
     """For each name, what runs in this layer for its samples."""
+    alike: bool
+    """Whether that is the same for every sample."""
+    grouped: Grouped | None
+    """Runs the whole batch at once, where the layer's adapters allow it."""
 
     def run(self, layer: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the layer's rows in groups. `call(running, args, kwargs)` runs some of them with some adapters."""
+        batch = self.batch
+        if batch.scope is None:
+            if self.alike:
+                return call(self.running[batch.names[0]], args, kwargs)
+            if self.grouped is not None:
+                y = self.grouped.run(layer, args, kwargs, batch.dim_of)
+                if y is not None:
+                    return y
+        return self.loop(layer, call, args, kwargs)
+
+    def loop(self, layer: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the rows of each adapter alone."""
         names = self.batch.row_names()
         if len({self.running[name] for name in names}) == 1:
             return call(self.running[names[0]], args, kwargs)
@@ -194,10 +230,9 @@ def _layout(
     elif x is not None and family == "embedding" and dim == 0 and x.dim() >= 2 and x.shape[0] == 1 and rows > 1:
         return _Layout(rows, 0, shared=True)
     elif x is not None and not (isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training):
-        if x.dim() >= dim + 2 and x.shape[dim] == rows:
-            return _Layout(rows, dim)
-        if dim == 0 and x.dim() == 2 and any(x.shape[0] == rows * t for t in batch.lengths):
-            return _Layout(x.shape[0], 0)
+        own_dim = batch.dim_of(x, rows)
+        if own_dim is not None:
+            return _Layout(x.shape[own_dim], own_dim)
     shape = "no tensor" if x is None else f"an input of shape {list(x.shape)}"
     raise UnsupportedLayerError(
         f"cannot tell which rows of {routing.path or 'the model'} ({base_class(layer).__name__}) belong to which of "
@@ -216,8 +251,15 @@ def _routed(
     layers = [layer for layer in known.layers({*known.active, *chosen}) if is_swapped(layer)]
     routed_layers = {id(layer) for layer in known.layers(chosen)}
     before = [(layer, running_in(layer)) for layer in layers]
+    together: list[Grouped] = []
+
+    def forget(*_: Any) -> None:
+        for group in together:
+            group.forget()
+
     handles: list[Any] = []
     try:
+        handles.append(register_optimizer_step_post_hook(forget))
         handles.append(root.register_forward_pre_hook(batch.enter, with_kwargs=True, prepend=True))
         handles.append(root.register_forward_hook(batch.leave, always_call=True))
         for layer in layers:
@@ -228,7 +270,10 @@ def _routed(
             for name in (None, *chosen):
                 set_running(layer, () if name is None else (name,))
                 running[name] = running_in(layer)
-            layer.__dict__[RUNNING] = _LayerRouting(paths[id(layer)], batch, running)
+            alike = len({running[name] for name in names}) == 1
+            group = None if alike else grouped(layer, names, running)
+            together += [] if group is None else [group]
+            layer.__dict__[RUNNING] = _LayerRouting(paths[id(layer)], batch, running, alike, group)
         yield
     finally:
         for handle in handles:

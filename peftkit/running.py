@@ -15,19 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from peftkit import checkpoints
+from peftkit import checkpoints, products
 from peftkit.adapter import Activation, Adapter, Base, LowRank
 from peftkit.composition import (
     RUNNING,
     Routing,
     Running,
     adapters_in,
-    no_autocast,
+    adapters_of,
     raw_parameter,
     running_in,
     state_of,
 )
+from peftkit.kernels import no_autocast
 from peftkit.layers.kind import LayerKind
 from peftkit.recipe import forget, recipes
 
@@ -81,15 +83,18 @@ def _running(layer: nn.Module, sites: dict[str, dict[str, Any]]) -> Running:
     state = state_of(layer)
     around = tuple(n for n, here in sites.items() if any(isinstance(a, Activation) for a in here.values()))
     names = tuple(n for n, here in sites.items() if any(isinstance(a, Adapter) for a in here.values()))
-    weights = {weight for n in names for weight in sites[n] if weight != "module"}
-    fused = None
+    weights = {weight for n in names for weight, a in sites[n].items() if isinstance(a, Adapter)}  # not shared state
+    fused, bias, bare = None, None, False
     if len(weights) == 1 and state.fast is not None and state.fast.fuses(layer):
         (weight,) = weights
         adapters = [sites[n][weight] for n in names]
         sums = all(adds_low_rank(adapter) for adapter in adapters)
+        bare = sums and all(adapter.start() is None for adapter in adapters)
         if state.kinds[weight] == state.fast and (sums or (len(adapters) == 1 and _is_low_rank(adapters[0]))):
-            fused = weight
-    return Running(names, around, fused)
+            fused, bias = weight, state.fast.weights(layer)[weight]
+    held: Any = layer._modules["adapters"]
+    groups, outer = (tuple(held._modules[n] for n in which) for which in (names, around))
+    return Running(names, around, fused, bias, bare, groups, outer)
 
 
 def adds_low_rank(adapter: nn.Module) -> bool:
@@ -111,41 +116,50 @@ def run(
 
     `known` says that it is the forward of the layer's class; another one is never replaced by a fast path.
     """
-    running = running_in(layer)
-    if not torch.compiler.is_compiling():
+    running = layer.__dict__.get(RUNNING)
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
         checkpoints.check(layer, running)
+        reads = state_of(layer).reads
+        if reads:
+            forward = functools.partial(_reading, reads=reads, forward=forward)
+    if type(running) is Running and not running.outer:
+        return _run_weights(layer, running, forward, known, args, kwargs)
     if isinstance(running, Routing):
 
         def some(running: Running | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return _run(layer, running, forward, args, kwargs, known=known)
+            return _run(layer, running, forward, known, args, kwargs)
 
         return running.run(layer, some, args, kwargs)
-    return _run(layer, running, forward, args, kwargs, known=known)
+    return _run(layer, running, forward, known, args, kwargs)
 
 
 def _run(
     layer: nn.Module,
     running: Running | None,
     forward: Callable[..., Any],
+    known: bool,  # noqa: FBT001 - passed on from `run`
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    *,
-    known: bool,
 ) -> Any:
-    reads = () if torch.compiler.is_compiling() else state_of(layer).reads
-    if reads:
-        forward = functools.partial(_reading, reads=reads, forward=forward)
     if running is None:
         return forward(layer, *args, **kwargs)
-    if not running.around:
-        return _run_weights(layer, running, forward, known, args, kwargs)
+    if torch.compiler.is_compiling():  # what a function encloses is compiled in whole: not the names, then
+        running = Running((), (), running.fused, running.bias, running.bare, running.groups, running.outer)
 
     def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _run_weights(layer, running, forward, known, args, kwargs)
 
-    for name in running.around:
-        call = functools.partial(_surround, adapter=adapters_in(layer, name)["module"], call=call)
+    for adapter in _surrounding(layer, running):
+        call = functools.partial(_surround, adapter=adapter, call=call)
     return call(layer, *args, **kwargs)
+
+
+def _surrounding(layer: nn.Module, running: Running) -> list[Activation]:
+    """The adapters around the layer's forward, in order; looked up as `adapters_of` does it."""
+    if torch.compiler.is_compiling():
+        return [group._modules["module"] for group in running.outer]  # type: ignore[misc]
+    return [adapters_in(layer, name)["module"] for name in running.around]
 
 
 def _reading(
@@ -168,64 +182,80 @@ def _run_weights(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    if not running.names:
+    if not running.groups:
         return forward(layer, *args, **kwargs)
-    if running.fused and known and len(args) == 1 and not kwargs and _is_frozen(layer, running.fused):
-        return _run_fused(layer, running, running.fused, args[0])
+    if running.fused is not None and known and len(args) == 1 and not kwargs:
+        w = layer._parameters.get(running.fused)
+        if w is not None and not w.requires_grad:
+            return _run_fused(layer, running, w, args[0])
     if torch.compiler.is_compiling():
         return forward(layer, *args, **kwargs)
     with open_frames((layer,), (running,)):
         return forward(layer, *args, **kwargs)
 
 
-def _is_frozen(layer: nn.Module, weight: str) -> bool:
-    raw = layer._parameters.get(weight)
-    return raw is not None and not raw.requires_grad
-
-
-def _run_fused(layer: nn.Module, running: Running, weight: str, x: Any) -> Any:
+def _run_fused(layer: nn.Module, running: Running, w: Tensor, x: Any) -> Any:
     """The base's output plus each low-rank update's, in the output's dtype; no adapted weight is built.
 
     The base's own output comes from the kind and not from the layer's forward, whose reads could be adapted ones: while
     compiling they all are, and a reader may have opened a frame.
     """
-    kind = state_of(layer).fast
-    assert kind is not None  # noqa: S101 - `running.fused` says so
-    bias = kind.weights(layer)[weight]
-    w, b = raw_parameter(layer, weight), raw_parameter(layer, bias) if bias else None
-    first, *others = [adapters_in(layer, name)[weight] for name in running.names]
-    if _is_bare(first) and type(x) is Tensor and _is_plain_torch():
-        up, down, scale = first("factors")
-        y = kind.adapted(layer, x, w, b, up, down, scale, first.dropout if first.training else 0.0)
-    else:
-        y = kind.plain(layer, x, w, b)
-        others = [first, *others]
-    for adapter in others:
+    kind: Any = state_of(layer).fast
+    weight: Any = running.fused
+    b = None if running.bias is None else raw_parameter(layer, running.bias)
+    is_plain = type(x) is Tensor and products.is_plain_torch()
+    if is_plain and running.bare and len(running.names) == 1:  # as below, in fewer steps: one token feels each of them
+        held: Any = layer._modules["adapters"]
+        adapter = held._modules[running.names[0]]._modules[weight]
+        up, down, scale = _ask(adapter, "factors")
+        return kind.adapted(layer, x, w, b, up, down, scale, adapter.dropout if adapter.training else 0.0)
+    adapters = [group[weight] for group in adapters_of(layer, running)]
+    if is_plain and (running.bare or (len(adapters) == 1 and adapters[0].start() is None)):
+        first, *others = adapters
+        y = kind.adapted(layer, x, w, b, *_ask(first, "factors"), _dropout(first))
+        for adapter in others:
+            y = kind.added(layer, x, y, *_ask(adapter, "factors"), _dropout(adapter))
+        return y if running.bare else _gained(layer, kind, weight, x, y, w, b, first)
+    y = kind.plain(layer, x, w, b)
+    for adapter in adapters:
         up, down, scale = adapter("factors")
-        dropout = adapter.dropout if adapter.training else 0.0
-        delta = kind.low_rank(layer, x, up.to(y.dtype), down.to(y.dtype), scale, dropout)
+        delta = kind.low_rank(layer, x, up.to(y.dtype), down.to(y.dtype), scale, _dropout(adapter))
         start = adapter.start()
         if start is not None:
             delta = delta - kind.low_rank(layer, x, start[0].to(y.dtype), start[1].to(y.dtype), scale, 0.0)
-        gain = None if adds_low_rank(adapter) else _gain(layer, kind, weight, adapter)
-        y = y + delta if gain is None else kind.gained(layer, x, y, b, delta, gain)
+        y = y + delta
+        if not running.bare:
+            y = _gained(layer, kind, weight, x, y, w, b, adapter)
     return y
 
 
-def _is_bare(adapter: LowRank) -> bool:
-    """Whether its product is added as it is: no start is subtracted, whose products must cancel, and no gain."""
-    return adds_low_rank(adapter) and adapter.start() is None
+def _dropout(adapter: LowRank) -> float:
+    return adapter.dropout if adapter.training else 0.0
 
 
-def _is_plain_torch() -> bool:
-    """Whether no compiler and no functorch transform looks on: they take plain operations."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+def _ask(adapter: Adapter, form: str) -> Any:
+    """`adapter(form)`; past `nn.Module.__call__` where nobody has a hook on it: that is a tenth of a small layer."""
+    if (
+        adapter._forward_pre_hooks
+        or adapter._forward_hooks
+        or adapter._backward_pre_hooks
+        or adapter._backward_hooks
+        or "forward" in adapter.__dict__
+        or type(adapter).forward is not Adapter.forward
+        or _has_any_global_hook()  # type: ignore[no-untyped-call]
+    ):
+        return adapter(form)
+    return getattr(adapter, form)()
 
 
-def _gain(layer: nn.Module, kind: LayerKind, weight: str, adapter: LowRank) -> Tensor | None:
-    """The factor of each row, in the adapter's own dtype, without autocast: as in the definition."""
-    raw = raw_parameter(layer, weight).detach()
+def _gained(
+    layer: nn.Module, kind: LayerKind, weight: str, x: Any, y: Tensor, w: Tensor, b: Tensor | None, adapter: LowRank
+) -> Tensor:
+    """The output `y` with its rows multiplied; the factor is in the adapter's own dtype, as in the definition."""
+    if adds_low_rank(adapter):
+        return y
+    raw = w.detach()
     with no_autocast(raw.device.type):
         own = next(adapter.parameters()).dtype
-        gain: Tensor | None = adapter("gain", kind.matrix(layer, weight, raw).to(torch.promote_types(raw.dtype, own)))
-    return gain
+        gain = adapter("gain", kind.matrix(layer, weight, raw).to(torch.promote_types(raw.dtype, own)))
+        return y if gain is None else kind.gained(layer, x, y, b, gain)

@@ -48,8 +48,9 @@ def swap(layer: nn.Module, state: Adapted) -> None:
     """Give the layer the class that `state` asks for, or give it back its own when nothing is left to adapt
     or to read.
     """
-    own = layer.__dict__.get(LAYER)
-    layer.__class__ = adapted_class(state.base, state.kinds, state.lists.items())
+    own: Adapted | None = layer.__dict__.get(LAYER)
+    if own is None or own.kinds.keys() != state.kinds.keys() or own.lists != state.lists:
+        layer.__class__ = adapted_class(state.base, state.kinds, state.lists.items())
     layer.__dict__[LAYER] = state
     layer.__dict__.setdefault(RUNNING, None)
     if own is None:

@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import nn
 
 import peftkit
-from peftkit import errors, files, manifests
+from peftkit import errors, manifests
+from peftkit.finite import find_not_finite
+from peftkit.writing import write
 
 RULES = {
     "0": peftkit.LoRA(rank=2, init="pissa"),
@@ -264,7 +267,7 @@ def rewritten(path, edit):
         manifest["fingerprint"] = manifests.fingerprint(manifest["sites"])
     seal = manifests.digest(json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
     sealed = json.dumps({"manifest": manifest, "sha256": seal})
-    path.write_bytes(files.safetensors.torch.save(tensors, {"peftkit": sealed}))
+    path.write_bytes(safetensors.torch.save(tensors, {"peftkit": sealed}))
 
 
 def _nan(manifest, tensors):
@@ -351,7 +354,7 @@ def test_what_is_no_file(tmp_path):
     (tmp_path / "text").write_text("hello, this is no adapter")
     with pytest.raises(errors.FormatError, match="no adapter file"):
         peftkit.load(make_base(), tmp_path / "text")
-    files.safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "foreign")
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "foreign")
     with pytest.raises(errors.FormatError, match="no adapter file"):
         peftkit.load(make_base(), tmp_path / "foreign")
 
@@ -375,7 +378,7 @@ def test_a_failed_save_leaves_the_old_file(path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(errors.FileError, match="No space left"):
         peftkit.save(make_adapted(2), path)
 
@@ -418,3 +421,147 @@ def test_the_header_is_bounded_before_it_is_read(path):
     path.write_bytes(struct.pack("<Q", 2**60) + b"{}")
     with pytest.raises(errors.FormatError, match=str(2**60)):
         peftkit.load(make_base(), path)
+
+
+# ---------------------------------------------------------------------------------------- the container
+
+
+def test_the_bytes_are_those_of_safetensors(path):
+    """Every dtype and shape, names that JSON escapes, tensors that share memory: written as by the library itself."""
+    tensors = {f'{name}.é"\\\n\x7f': torch.ones(3, 2).to(dtype) for name, dtype in manifests.DTYPES.items()}
+    tensors |= {"scalar": torch.tensor(1.5), "empty": torch.empty(0, 3), "odd": torch.ones(3, dtype=torch.uint8)}
+    shared = torch.arange(6.0)
+    write(path, {**tensors, "a": shared, "b": shared}, "peftkit", "text é")
+
+    assert path.read_bytes() == safetensors.torch.save(
+        {**tensors, "a": shared, "b": shared.clone()}, {"peftkit": "text é"}
+    )
+
+
+def test_what_a_file_cannot_hold_is_named(path):
+    """A dtype that safetensors does not have is an error that names the tensor, and nothing is written."""
+    with pytest.raises(errors.FileError, match=r"'?b'? is torch\.complex128"):
+        write(path, {"a": torch.ones(1), "b": torch.ones(1, dtype=torch.complex128)}, "peftkit", "")
+    assert not path.exists()
+
+
+def _offsets(*numbers):
+    return lambda header: header["0.weight.up"].update(data_offsets=list(numbers))
+
+
+LAYOUTS = {
+    "a gap": lambda header: [entry.update(data_offsets=[n + 4 for n in entry["data_offsets"]]) for entry in header.values() if "dtype" in entry],
+    "an overlap": lambda header: header["0.weight.up"].update(data_offsets=header["0.weight.down"]["data_offsets"]),
+    "two tensors in one place": lambda header: header.update(more={"dtype": "F32", "shape": [6], "data_offsets": [24, 48]}),
+    "an end before the start": _offsets(48, 24),
+    "a negative start": _offsets(-24, 0),
+    "a fractional place": _offsets(24.0, 48.0),
+    "a place that is false": lambda header: header["0.weight.down"].update(data_offsets=[False, 24]),
+    "three numbers for a place": _offsets(24, 48, 48),
+    "a size that does not fit the shape": lambda header: header["0.weight.up"].update(shape=[7, 1]),
+    "a negative shape": lambda header: header["0.weight.up"].update(shape=[-6, -1]),
+    "a text for a shape": lambda header: header["0.weight.up"].update(shape="61"),
+    "no shape": lambda header: header["0.weight.up"].pop("shape"),
+    "a shape that overflows": lambda header: header.update(none={"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}),
+    "an unknown dtype": lambda header: header["0.weight.up"].update(dtype="F33"),
+    "a tensor that is none": lambda header: header.update(more=3),
+    "no metadata": lambda header: header.pop("__metadata__"),
+    "metadata that are a list": lambda header: header.update(__metadata__=["peftkit"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_a_header_that_lies_is_refused(path, case):
+    """What the library refuses is refused: places that leave gaps, overlap or are none, and sizes that do not fit."""
+    peftkit.save(peftkit.wrap(make_base(), "lora", rank=1, targets="0"), path)
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    LAYOUTS[case](header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+    model = make_base()
+    before = state_of(model)
+    with pytest.raises(errors.FormatError, match="no adapter file"):
+        peftkit.load(model, path)
+    assert_untouched(before, model)
+
+
+def test_bytes_after_the_last_tensor_are_refused(path):
+    """A file that goes on after its tensors is no file of ours."""
+    peftkit.save(make_adapted(), path)
+    path.write_bytes(path.read_bytes() + bytes(4))
+    with pytest.raises(errors.FormatError, match="take"):
+        peftkit.load(make_base(), path)
+
+
+def test_a_header_of_another_layout_is_read(path, x):
+    """Data that are not aligned, and entries in another order, are as good: safetensors allows them."""
+    peftkit.save(make_adapted(), path)
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    text = json.dumps(dict(reversed(header.items()))).encode()
+    text += b" " * (1 - len(text) % 2)  # an odd length
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    assert len(safetensors.torch.load_file(path)) == len(header) - 1
+
+    with torch.no_grad():
+        assert torch.equal(peftkit.load(make_base(), path)(x), make_adapted()(x))
+
+
+# ------------------------------------------------------------------------------------- values at a glance
+
+
+FINITE = {
+    "nothing": {},
+    "no values": {"a": torch.empty(0)},
+    "whole numbers": {"a": torch.tensor([2**62, 2**62])},
+    "a sum that overflows": {"a": torch.full((4,), 3e38), "b": torch.full((4,), 6e4, dtype=torch.float16)},
+    "the meta device": {"a": torch.empty(3, device="meta")},
+    "8 bits": {"a": torch.full((300,), 448.0).to(torch.float8_e4m3fn)},
+}
+
+
+@pytest.mark.parametrize("case", FINITE)
+def test_finite_values_are_let_through(case):
+    """Also where their sum is not finite."""
+    assert find_not_finite(FINITE[case]) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
+@pytest.mark.parametrize("values", [[float("nan")], [float("inf")], [float("inf"), float("-inf")]], ids=str)
+def test_one_value_that_is_not_finite_is_found(dtype, values):
+    """The tensor is named that holds it, among others of its dtype and of other dtypes."""
+    wrong = torch.ones(40)
+    wrong[7 : 7 + len(values)] = torch.tensor(values)
+    tensors = {"a": torch.ones(3), "b": torch.ones(3).to(dtype), "c": wrong.to(dtype), "d": torch.ones(3).to(dtype)}
+    assert find_not_finite(tensors) == "c"
+
+
+WEIGHTS = {
+    "a matrix": torch.randn(5, 7),
+    "a transposed one": torch.randn(5, 7).T,
+    "a stack, permuted": torch.randn(3, 4, 5).permute(2, 0, 1),
+    "few values": torch.randn(3),
+    "a scalar": torch.tensor(2.5),
+    "half precision": torch.randn(9, 9).bfloat16(),
+    "8 bits": torch.randn(9, 9).to(torch.float8_e4m3fn),
+    "8 bits, transposed": torch.randn(9, 5).to(torch.float8_e5m2).T,
+    "whole numbers": torch.arange(100),
+}
+
+
+def test_samples_are_those_of_each_weight_alone():
+    """Weights of several dtypes and layouts at once, with some that have no values: each gets its own eight."""
+    weights = [None, *WEIGHTS.values(), torch.empty(0, 3), torch.empty(3, device="meta")]
+    expected = [None, *map(_sample_by_the_book, WEIGHTS.values()), "", None]
+    assert manifests.samples(weights) == expected
+
+
+def _sample_by_the_book(weight):
+    """As docs/files.md has it."""
+    values = weight.double().flatten() if weight.is_floating_point() else weight.flatten()
+    picked = [values[i * (len(values) - 1) // 7] for i in range(8)]
+    return struct.pack("<8h", *torch.stack(picked).bfloat16().view(torch.int16).tolist()).hex()

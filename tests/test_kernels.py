@@ -273,3 +273,15 @@ def test_a_default_device_changes_nothing():
     torch.manual_seed(3)
     with torch.device("meta"):
         assert kernels._draw(0.3) == expected
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_on_the_meta_device_runs(dtype, dropout):
+    """Where there are no values, and no autocast, an adapted model still gives shapes, forward and backward."""
+    with torch.device("meta"):
+        net = peftkit.wrap(nn.Sequential(nn.Linear(6, 5, dtype=dtype)), "lora", rank=2, dropout=dropout, targets="0")
+        y = net(torch.empty(3, 6, dtype=dtype))
+    y.sum().backward()
+    assert (y.shape, y.dtype) == ((3, 5), dtype)
+    assert all(p.grad.shape == p.shape for p in net.parameters() if p.requires_grad)

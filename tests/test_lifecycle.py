@@ -307,3 +307,116 @@ def test_garbage_collection_is_as_it_was(enabled):
         assert gc.isenabled() is enabled
     finally:
         (gc.enable if before else gc.disable)()
+
+
+def test_a_name_may_come_back_on_other_layers(x):
+    """What a layer has found out about a name is forgotten with the adapter, also where that was not."""
+    model = add(add(make_model(), "a", 1, targets="0"), "b", 2, targets="2")
+    peftkit.activate(model, "a", "b")
+    y = model(x)
+    peftkit.unwrap(model, "b")
+    add(model, "b", 3, targets="0")
+    with torch.no_grad():
+        assert not torch.allclose(model(x), y)
+        alone = add(add(make_model(), "a", 1, targets="0"), "b", 3, targets="0")
+        assert torch.equal(model(x), alone(x))
+
+
+class TwoReads(nn.Module):
+    """Reads the weights of two children itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+
+    def forward(self, x):
+        return x @ self.a.weight.mT @ self.b.weight.mT
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_adapters_on_two_weights_of_one_reader_come_and_go_one_by_one(x, first):
+    """A reader reads each weight with what is on it at the time, in whatever order adapters are put on and taken off."""
+    torch.manual_seed(0)
+    model = nn.Sequential(TwoReads(), nn.Linear(6, 6))
+    weights = {name: getattr(model[0], name).weight.detach().clone() for name in "ab"}
+    second = "b" if first == "a" else "a"
+    adapted = {}
+    for seed, name in enumerate((first, second)):
+        add(model, name, seed, targets=f"0.{name}")
+        adapter = getattr(model[0], name).adapters[name]["weight"]
+        adapted[name] = (weights[name] + adapter.scale * adapter.up @ adapter.down).detach()
+
+    def reads(**now):
+        a, b = ({**weights, **now}[name] for name in "ab")
+        with torch.no_grad():
+            torch.testing.assert_close(model[0](x), x @ a.mT @ b.mT)
+
+    add(model, "elsewhere", 2, targets="1")
+    reads(**adapted)
+    peftkit.unwrap(model, first)
+    reads(**{second: adapted[second]})
+    peftkit.unwrap(model, second)
+    reads()
+    peftkit.unwrap(model)
+    assert type(model[0]) is TwoReads
+    assert "_peftkit_layer" not in model[0].__dict__
+
+
+def test_a_weight_that_was_trained_in_place_is_free_again_afterwards():
+    """Only an adapter that is there keeps others off a weight; a copy of the model knows that too."""
+    model = peftkit.wrap(make_model(), "full", targets="0", name="inside")
+    with pytest.raises(errors.StateError, match=r"0\.weight is trained in place by adapter 'inside'"):
+        peftkit.wrap(copy.deepcopy(model), "lora", targets="0", name="b")
+    peftkit.wrap(model, "lora", targets="2", name="beside")
+    peftkit.unwrap(model, "inside")
+    peftkit.wrap(model, "lora", targets="0", name="b")
+    with pytest.raises(errors.StateError, match=r"0\.weight is adapted by 'b'"):
+        peftkit.wrap(model, "full", targets="0", name="c")
+
+
+class Plain(nn.Module):
+    """An adapter's registers: parameters, one that is missing, buffers that are saved and one that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.none = nn.Parameter(torch.ones(2)), None
+        self.register_parameter("missing", None)
+        self.register_buffer("kept", torch.zeros(2))
+        self.register_buffer("absent", None)
+        self.register_buffer("hidden", torch.zeros(2), persistent=False)
+
+
+class Nested(Plain):
+    """With a module below."""
+
+    def __init__(self):
+        super().__init__()
+        self.below = nn.Linear(2, 2)
+
+
+class Renaming(Plain):
+    """With a word of its own in what is saved."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "more"] = torch.ones(1)
+
+
+def hooked():
+    adapter = Plain()
+    adapter.register_state_dict_post_hook(lambda module, state, prefix, metadata: state.update(hooked=torch.ones(1)))
+    return adapter
+
+
+@pytest.mark.parametrize("make", [Plain, Nested, Renaming, hooked])
+def test_what_is_saved_of_an_adapter_is_its_state_dict(make):
+    """The short way through the registers gives what the module's own `state_dict` gives, or is not taken."""
+    adapter = make()
+    placement = peftkit.installed.Placement("0", "weight", nn.Identity(), peftkit.LoRA(), adapter, frozenset({"p"}))
+    expected = {f"0.weight.{name}": tensor for name, tensor in adapter.state_dict().items()}
+    found = dict(placement.tensors())
+
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], tensor) and not found[name].requires_grad for name, tensor in expected.items())
+    assert [name for name, _ in placement.trained()] == ["0.weight.p"]
+    assert placement.learning() == [adapter.p]

@@ -771,6 +771,37 @@ def test_a_layer_kind_that_is_installed_meanwhile_is_found_after_a_listing(distr
     assert type(plugins.kind_of(layer)[0]).__name__ == "Halves"
 
 
+def test_an_operation_reads_the_environment_once_a_layer_class(monkeypatch):
+    """Not for each of thousands of layers; and the next operation, or anybody outside of one, reads it again."""
+    reads = []
+    monkeypatch.setattr(discovery, "settings", lambda: reads.append(None) or (None, None, None))
+    models = [nn.Sequential(*(nn.Linear(2, 2) for _ in range(n))) for n in (3, 30)]
+    counts = []
+    for model in models:
+        reads.clear()
+        peftkit.wrap(model, "lora")
+        counts.append(len(reads))
+    assert 0 < counts[0] == counts[1]
+    with pytest.raises(peftkit.errors.SelectorError):
+        peftkit.wrap(nn.Sequential(nn.Linear(2, 2)), "lora", targets="nothing")
+    reads.clear()
+    plugins.kind_of(nn.Linear), plugins.kind_of(nn.Linear)
+    assert len(reads) == 2
+
+
+def test_a_kind_that_is_disabled_between_two_operations_is_used_no_more(distribution, layer, monkeypatch):
+    """What one operation has looked up once is not kept for the next."""
+    install_kind(distribution)
+
+    def kind_in_use():
+        model = peftkit.wrap(nn.Sequential(layer(4, 4), nn.Linear(4, 2)), "lora", targets="0")
+        return type(model[0].__dict__["_peftkit_layer"].kinds["weight"]).__name__
+
+    assert kind_in_use() == "Halves"
+    monkeypatch.setenv("PEFTKIT_DISABLE_PLUGINS", "peftkit-bad")
+    assert kind_in_use() == "Linear"
+
+
 BAD_KINDS = {
     "an import error": ("import no_such_module", "ModuleNotFoundError"),
     "a misspelt hook": (KIND.replace("peftkit_layers", "peftkit_layer"), "PluginValidationError: .*peftkit_layer"),

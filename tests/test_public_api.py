@@ -22,14 +22,20 @@ DOCS = REPOSITORY / "docs"
 
 # Imports only point up this list: a module may import those before it.
 ORDER = [
-    "errors", "discovery", "globs", "selectors", "roles", "tables", "hookspecs", "kernels", "layers.kind", "layers.attention", "layers.conv", "layers.embedding",
+    "errors", "discovery", "globs", "selectors", "roles", "tables", "hookspecs", "kernels", "products", "layers.kind", "layers.attention", "layers.conv", "layers.embedding",
     "layers.linear", "layers.recurrent",
-    "layers", "adapter", "method", "loading", "plugins", "readers", "recipe", "composition", "checkpoints", "running", "swap", "installed",
-    "rehearsal", "observing", "stepping", "resolve", "plan", "install", "combining", "lifecycle", "routing", "merging",
-    "drift", "verifying", "summary", "manifests", "files", "methods", "methods.frozen", "methods.full", "methods.lora",
+    "layers", "adapter", "method", "rehearsal", "workload", "loading", "plugins", "readers", "recipe", "finite", "composition", "checkpoints", "running", "swap", "installed",
+    "observing", "stepping", "resolve", "plan", "install", "combining", "lifecycle", "stacks", "grouped", "routing", "merging",
+    "drift", "verifying", "summary", "bookkeeping", "accumulation", "whereabouts", "workspaces", "memory", "dry_kernels", "dry_autocast", "dry_run", "estimating", "fitting", "manifests", "reading", "restoring", "writing",
+    "formats.layouts", "formats.matching", "formats.declared", "formats.folders", "formats.places", "formats.from_folder",
+    "formats.parts", "formats.servable", "formats.to_folder", "formats", "files", "methods", "methods.frozen", "methods.full", "methods.lora",
+    "workloads", "workloads.needs", "workloads.assets", "workloads.synthetic", "workloads.digits", "workloads.pitch", "workloads.voices", "workloads.text",
+    "bench", "bench.statistics", "bench.document", "bench.derived", "bench.flops", "bench.subject", "bench.exact", "bench.timing",
+    "bench.quality", "bench.worker", "bench.environment", "bench.process", "bench.engine", "bench.compare", "bench.report.columns", "bench.report.ties", "bench.report.view", "bench.report.words",
+    "bench.report.plots", "bench.report.page", "bench.report.text", "bench.report",
     "testing.parity", "testing.cases", "testing.subject", "testing.declaring", "testing.wrapping", "testing.training", "testing.keeping",
     "testing.undoing", "testing.defining", "testing.surviving", "testing.kit", "testing",
-    "cli.output", "cli.fields", "cli.traits", "cli.listing", "cli.models", "cli.planning", "cli.checking", "cli.new", "cli.app", "cli", "__main__",
+    "cli.output", "cli.fields", "cli.traits", "cli.listing", "cli.models", "cli.planning", "cli.estimating", "cli.checking", "cli.new", "cli.reporting", "cli.benching", "cli.app", "cli", "__main__",
 ]  # fmt: skip
 
 PUBLIC = [getattr(peftkit, name) for name in peftkit.__all__ if hasattr(getattr(peftkit, name), "__qualname__")]
@@ -82,7 +88,7 @@ def test_imports_point_up(module):
         assert imports <= {"peftkit"}
     elif module.startswith("testing"):
         assert imports <= {"peftkit", "errors", "layers"} | {other for other in before if other.startswith("testing")}
-    elif module.startswith("cli"):
+    elif module.startswith(("cli", "bench", "workloads")):
         assert imports <= before | {"peftkit"}
     else:
         assert imports <= before
@@ -103,7 +109,7 @@ def test_the_core_names_no_method():
         defaults = {
             id(d)
             for node in ast.walk(tree)
-            if isinstance(node, ast.FunctionDef) and node.name in ("wrap", "plan")
+            if isinstance(node, ast.FunctionDef) and node.name in ("wrap", "plan", "estimate")
             for d in (*node.args.defaults, *(d for d in node.args.kw_defaults if d))
         }
         strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in defaults]
@@ -129,7 +135,7 @@ def test_every_public_name_has_a_docstring_with_an_example(value):
 def test_doctests(module):
     """Every example in a docstring runs and prints what it says."""
     found = importlib.import_module(f"peftkit.{module}".rstrip("."))
-    result = doctest.testmod(found, extraglobs={"MyMethod": peftkit.LoRA, "MyLinear4bit": None})
+    result = doctest.testmod(found, extraglobs={"MyMethod": peftkit.LoRA, "MyLinear4bit": None, "MyWorkload": None})
     assert result.failed == 0
 
 

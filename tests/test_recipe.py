@@ -5,6 +5,7 @@ count, from `torch.profiler`.
 """
 
 import copy
+import functools
 import gc
 import itertools
 import threading
@@ -803,3 +804,20 @@ def test_a_large_encoder_layer(options, smallest):
     assert 2 in {DirectionsAdapter.calls.count(a.number) for a in adapters_in(model)}
     smallest(NAIVE)
     assert_same(ours, gradients(model, case, x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_checkpointed_block_inside_its_parents_frame(training):
+    """An encoder opens frames for its layers' weights; a checkpointed layer's large weights survive its rerun all the same."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(512, 8, 512, batch_first=True, dropout=0.0)
+    model = peftkit.wrap(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), "lora").train(training)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        nn.init.normal_(p, std=0.05)
+    x = torch.randn(2, 4, 512)
+    plain = torch.autograd.grad(model(x).square().sum(), trained)
+    for block in model.layers:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    checkpointed = torch.autograd.grad(model(x).square().sum(), trained)
+    assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))

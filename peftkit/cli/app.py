@@ -6,7 +6,9 @@ import typer
 from typer.core import TyperGroup
 
 from peftkit import __version__
+from peftkit.cli.benching import bench
 from peftkit.cli.checking import check
+from peftkit.cli.estimating import estimate
 from peftkit.cli.listing import methods, plugins
 from peftkit.cli.new import new
 from peftkit.cli.output import Refusal
@@ -54,5 +56,6 @@ def _options(
     """Parameter-efficient fine-tuning, with methods as plugins."""
 
 
-for command in (methods, plugins, plan, check, new):
+for command in (methods, plugins, plan, estimate, check, new):
     app.command()(command)
+app.add_typer(bench, name="bench")

@@ -4,18 +4,21 @@ With groups, row `o` holds the kernel over the inputs of its own group, so the m
 kernel]` and a low-rank update `up @ down` shares `down` among the groups.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from peftkit import products
 from peftkit.layers.kind import LayerKind
 
-_POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_FORWARDS = tuple(layer._conv_forward for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
@@ -62,9 +65,12 @@ class _Conv(LayerKind):
         patches: Tensor = layer._conv_forward(x, units.repeat(layer.groups, *(1 for _ in units.shape[1:])), None)
         return patches.reshape(len(x), layer.groups, fan_in, -1).mT.reshape(-1, fan_in)
 
-    def fuses(self, layer: _ConvNd) -> bool:
-        """Always: padding modes, strides, dilation and groups are the layer's own."""
-        return True
+    def fuses(self, layer: Any) -> bool:
+        """Where the layer convolves as torch does, with whatever padding mode, stride, dilation and groups.
+
+        A subclass that standardizes its weight, say, would do it to the product as well.
+        """
+        return type(layer)._conv_forward in _FORWARDS
 
     def plain(self, layer: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """The convolution, with the layer's padding mode."""
@@ -74,16 +80,58 @@ class _Conv(LayerKind):
         """A convolution like the layer's to `groups * rank` channels, then a pointwise one to the output's."""
         if dropout:
             x = F.dropout(x, dropout)
+        return _pointwise(layer, self.plain(layer, x, self._kernels(layer, down), None) * scale, up)
+
+    def adapted(
+        self, layer: Any, x: Tensor, w: Tensor, b: Tensor | None, up: Tensor, down: Tensor, scale: float, dropout: float
+    ) -> Tensor:
+        """The product is added into the layer's output; dropout keeps no copy of the input."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, w.dtype):
+            dtype = torch.get_autocast_dtype(device)
+            with torch.autocast(device, enabled=False):  # one cast of the input, for the base and for the product
+                return self.adapted(
+                    layer, x.to(dtype), w.to(dtype), None if b is None else b.to(dtype), up, down, scale, dropout
+                )
+        if x.dim() == len(layer.kernel_size) + 1:  # without a batch: torch would put out a view
+            return self.adapted(layer, x.unsqueeze(0), w, b, up, down, scale, dropout).squeeze(0)
+        convolve = functools.partial(self.plain, layer)
+        if layer.padding_mode != "zeros" and not dropout:  # padded once for both; what is dropped is dropped before
+            x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+            convolve = functools.partial(_unpadded, layer)
+        y = convolve(x, w, b)
+        return self._sum(layer, convolve, x, y, up, down, scale, dropout)
+
+    def added(self, layer: Any, x: Tensor, y: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float) -> Tensor:
+        """The product is added into `y`."""
+        if x.dim() == len(layer.kernel_size) + 1:
+            return super().added(layer, x, y, up, down, scale, dropout)
+        return self._sum(layer, functools.partial(self.plain, layer), x, y, up, down, scale, dropout)
+
+    def _sum(
+        self, layer: Any, convolve: Any, x: Tensor, y: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float
+    ) -> Tensor:
+        def low(x: Tensor, down: Tensor) -> Tensor:
+            return convolve(x, self._kernels(layer, down), None)  # type: ignore[no-any-return]
+
+        h = products.dropped(low, x, down.to(y.dtype), dropout)
+        return products.add(y, h, up.to(y.dtype), scale, groups=layer.groups)
+
+    def _kernels(self, layer: Any, down: Tensor) -> Tensor:
+        """The kernels of a convolution to `rank` channels for each group, the same for all."""
         kernels = down.reshape(-1, *self._kernel(layer))
-        if layer.groups > 1:
-            kernels = kernels.repeat(layer.groups, *(1 for _ in kernels.shape[1:]))
-        return _pointwise(layer, layer._conv_forward(x, kernels, None) * scale, up)
+        return kernels.repeat(layer.groups, *(1 for _ in kernels.shape[1:])) if layer.groups > 1 else kernels
+
+
+def _unpadded(layer: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """The convolution of an input that has its padding already."""
+    return _CONVOLUTIONS[len(layer.kernel_size)](x, w, b, layer.stride, 0, layer.dilation, layer.groups)
 
 
 def _pointwise(layer: Any, h: Tensor, up: Tensor) -> Tensor:
     """From `groups * rank` channels to the output's."""
     dims = len(layer.kernel_size)
-    return _POINTWISE[dims](h, up.reshape(*up.shape, *(1 for _ in range(dims))), groups=layer.groups)
+    return _CONVOLUTIONS[dims](h, up.reshape(*up.shape, *(1 for _ in range(dims))), groups=layer.groups)
 
 
 class Conv1d(_Conv):
@@ -120,18 +168,18 @@ class _ConvTranspose(_Conv):
     def rows(self, layer: Any, weight: str, x: Tensor) -> None:
         """Its matrix has rows for output channels, and its input is spread over them: no vector is its row's input."""
 
+    def fuses(self, layer: Any) -> bool:
+        """Always."""
+        return True
+
     def plain(self, layer: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """The transposed convolution."""
         return _transposed(layer, x, w, b)
 
-    def low_rank(self, layer: Any, x: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float) -> Tensor:
-        """A transposed convolution like the layer's to `groups * rank` channels, then a pointwise one."""
-        if dropout:
-            x = F.dropout(x, dropout)
-        kernels = down.reshape(-1, *self._kernel(layer)).transpose(0, 1)  # [in / groups, rank, kernel]
-        if layer.groups > 1:
-            kernels = kernels.repeat(layer.groups, *(1 for _ in kernels.shape[1:]))
-        return _pointwise(layer, _transposed(layer, x, kernels, None) * scale, up)
+    def _kernels(self, layer: Any, down: Tensor) -> Tensor:
+        """As for any convolution, stored as `[in / groups, rank, kernel]` for each group."""
+        kernels = down.reshape(-1, *self._kernel(layer)).transpose(0, 1)
+        return kernels.repeat(layer.groups, *(1 for _ in kernels.shape[1:])) if layer.groups > 1 else kernels
 
 
 def _transposed(layer: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:

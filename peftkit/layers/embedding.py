@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftkit import products
 from peftkit.layers.kind import LayerKind
 
 
@@ -56,24 +57,40 @@ class Embedding(LayerKind):
     def low_rank(
         self, layer: nn.Embedding, x: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float
     ) -> Tensor:
-        """Look up columns of `down`, `[..., rank]`, then one product to `[..., dim]`.
-
-        Dropping an element of a one-hot input drops the token's whole update.
-        """
-        h = F.embedding(x, down.mT, layer.padding_idx)
-        if dropout:
-            h = h * F.dropout(torch.ones(x.shape, dtype=h.dtype, device=h.device), dropout).unsqueeze(-1)
-        delta = F.linear(h * scale, up)
+        """Look up columns of `down`, `[..., rank]`, then one product to `[..., dim]`."""
+        delta = F.linear(self._low(layer, x, down, dropout) * scale, up)
         if layer.padding_idx is not None and torch.is_grad_enabled():
             # The padding row learns nothing, through `up` no more than through `down`.
             delta = torch.where((x == layer.padding_idx).unsqueeze(-1), delta.detach(), delta)
         return delta
 
-    def gained(
-        self, layer: nn.Embedding, x: Tensor, y: Tensor, b: Tensor | None, delta: Tensor, gain: Tensor
+    def adapted(
+        self, layer: Any, x: Tensor, w: Tensor, b: Tensor | None, up: Tensor, down: Tensor, scale: float, dropout: float
     ) -> Tensor:
+        """The product is added into the rows that were looked up."""
+        return self.added(layer, x, self.plain(layer, x, w, b), up, down, scale, dropout)
+
+    def added(self, layer: Any, x: Tensor, y: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float) -> Tensor:
+        """The product is added into `y`."""
+        up, down = up.to(y.dtype), down.to(y.dtype)
+        h = self._low(layer, x, down, dropout)
+        if layer.padding_idx is not None and torch.is_grad_enabled():
+            # The padding row learns nothing: what is added to it is added apart.
+            is_padding = (x == layer.padding_idx).unsqueeze(-1)
+            y = products.add(y, torch.where(is_padding, h, 0).detach(), up.detach(), scale, channel=-1)
+            h = torch.where(is_padding, 0, h)
+        return products.add(y, h, up, scale, channel=-1)
+
+    def _low(self, layer: Any, x: Tensor, down: Tensor, dropout: float) -> Tensor:
+        """Columns of `down`. Dropping an element of a one-hot input drops the token's whole update."""
+        h = F.embedding(x, down.mT, layer.padding_idx)
+        if dropout:
+            h = h * F.dropout(torch.ones(x.shape, dtype=h.dtype, device=h.device), dropout).unsqueeze(-1)
+        return h
+
+    def gained(self, layer: nn.Embedding, x: Tensor, y: Tensor, b: Tensor | None, gain: Tensor) -> Tensor:
         """As for any layer; from the padding row, nothing is learned."""
-        gained = super().gained(layer, x, y, b, delta, gain)
+        gained = super().gained(layer, x, y, b, gain)
         if layer.padding_idx is None or not torch.is_grad_enabled():
             return gained
         return torch.where((x == layer.padding_idx).unsqueeze(-1), gained.detach(), gained)
@@ -88,21 +105,32 @@ class EmbeddingBag(Embedding):
         """As for an embedding, and only where the bag is linear in its rows: not for a maximum."""
         return super().fuses(layer) and layer.mode != "max"
 
-    def gained(self, layer: Any, x: Tensor, y: Tensor, b: Tensor | None, delta: Tensor, gain: Tensor) -> Tensor:
+    def gained(self, layer: Any, x: Tensor, y: Tensor, b: Tensor | None, gain: Tensor) -> Tensor:
         """As for any layer: a bag leaves its padding out by itself."""
-        return LayerKind.gained(self, layer, x, y, b, delta, gain)
+        return LayerKind.gained(self, layer, x, y, b, gain)
 
     def plain(self, layer: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """The bags of the rows of `w`."""
         return _bag(layer, x, w, sparse=layer.sparse)
 
     def low_rank(self, layer: Any, x: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float) -> Tensor:
-        """Bags of columns of `down`, `[bags, rank]`, then one product to `[bags, dim]`.
+        """Bags of columns of `down`, `[bags, rank]`, then one product to `[bags, dim]`."""
+        return F.linear(self._low(layer, x, down, dropout) * scale, up)
 
-        Dropout drops an element of the one-hot input: a token of the bag. It is not the whole bag that is dropped.
-        """
+    def adapted(
+        self, layer: Any, x: Tensor, w: Tensor, b: Tensor | None, up: Tensor, down: Tensor, scale: float, dropout: float
+    ) -> Tensor:
+        """The product is added into the bags."""
+        return self.added(layer, x, self.plain(layer, x, w, b), up, down, scale, dropout)
+
+    def added(self, layer: Any, x: Tensor, y: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float) -> Tensor:
+        """The product is added into `y`."""
+        return products.add(y, self._low(layer, x, down.to(y.dtype), dropout), up.to(y.dtype), scale, channel=-1)
+
+    def _low(self, layer: Any, x: Tensor, down: Tensor, dropout: float) -> Tensor:
+        """Bags of columns of `down`. Dropout drops a token of a bag, and not the whole bag."""
         if not dropout:
-            return F.linear(_bag(layer, x, down.mT, sparse=False) * scale, up)
+            return _bag(layer, x, down.mT, sparse=False)
         keep = F.dropout(torch.ones(x.shape, dtype=down.dtype, device=down.device), dropout)
         if layer.padding_idx is not None:
             keep = keep * (x != layer.padding_idx)
@@ -110,7 +138,7 @@ class EmbeddingBag(Embedding):
         if layer.mode == "mean":
             counted = x.shape[-1] if layer.padding_idx is None else (x != layer.padding_idx).sum(-1, keepdim=True)
             h = h / (counted.clamp(min=1) if isinstance(counted, Tensor) else counted)
-        return F.linear(h * scale, up)
+        return h
 
 
 def _bag(layer: Any, x: Tensor, w: Tensor, *, sparse: bool) -> Tensor:

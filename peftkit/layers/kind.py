@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from peftkit import products
+
 
 class LayerKind(ABC):
     """How one layer type stores its weights as matrices `[..., out, in]`, and how to run low-rank updates fast.
@@ -82,20 +84,20 @@ class LayerKind(ABC):
     ) -> Tensor:
         """`plain` plus `low_rank`, for a kind that can do both at once for less; the factors are in their own dtype.
 
-        Called for a frozen `w`, and neither while compiling nor in functorch transforms.
+        Called for a frozen `w`, and neither while compiling nor in functorch transforms. What it returns is a tensor of
+        its own.
         """
         y = self.plain(layer, x, w, b)
         return y + self.low_rank(layer, x, up.to(y.dtype), down.to(y.dtype), scale, dropout)
 
-    def gained(self, layer: Any, x: Any, y: Tensor, b: Tensor | None, delta: Tensor, gain: Tensor) -> Tensor:
-        """The output `gain * (y - b + delta) + b`, for the output `y` and the factor `gain` `[out, 1]` of each row.
+    def added(self, layer: Any, x: Any, y: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float) -> Tensor:
+        """`y`, which came from `adapted`, plus the product of one more adapter; it may be written to."""
+        return y + self.low_rank(layer, x, up.to(y.dtype), down.to(y.dtype), scale, dropout)
 
-        Computed with the excess of the gain over 1, so that a gain of 1 changes no bit of `y`, and in half precision
-        a small excess is not lost.
-        """
-        excess, factor = (self.per_output(layer, g.squeeze(-1).to(y.dtype)) for g in (gain - 1, gain))
-        product = y if b is None else y - self.per_output(layer, b)
-        return y + excess * product + factor * delta
+    def gained(self, layer: Any, x: Any, y: Tensor, b: Tensor | None, gain: Tensor) -> Tensor:
+        """The output `gain * (y - b) + b`, for the output `y`, ours, and the factor `gain` `[out, 1]` of each row."""
+        bias = None if b is None else self.per_output(layer, b)
+        return products.gained(y, bias, self.per_output(layer, gain.squeeze(-1)))
 
     def per_output(self, layer: Any, v: Tensor) -> Tensor:
         """View `v` `[out]`, one value for each row of the matrix, so that it broadcasts against the layer's output."""

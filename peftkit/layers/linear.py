@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftkit import kernels
+from peftkit import kernels, products
 from peftkit.layers.kind import LayerKind
 
 
@@ -55,6 +55,11 @@ class Linear(LayerKind):
     ) -> Tensor:
         """The product is added into the layer's output, and dropout keeps no copy of the input."""
         return kernels.linear(x, self.matrix(layer, "weight", w), b, up, down, scale, dropout)
+
+    def added(self, layer: Any, x: Tensor, y: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float) -> Tensor:
+        """The product is added into `y`."""
+        h = products.dropped(F.linear, x.reshape(-1, x.shape[-1]), down.to(y.dtype), dropout)
+        return products.add(y, h, up.to(y.dtype), scale, channel=-1)
 
 
 class Bilinear(LayerKind):

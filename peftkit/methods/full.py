@@ -29,6 +29,13 @@ class Full(peftkit.Method):
     vectors: ClassVar = True
     affine: ClassVar = True
     default_targets: ClassVar = "**"
+    hf: ClassVar = peftkit.HuggingFace(
+        peft_type="MODULES_TO_SAVE",
+        part="modules_to_save",
+        tensors={"value": "{weight}"},
+        layouts={"": {"value": "stored"}},
+        reads={"keep_base": True},
+    )
 
     keep_base: bool = False
 

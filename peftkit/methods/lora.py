@@ -44,7 +44,18 @@ class LoRA(peftkit.Method):
         fields={"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rank_stabilized": "use_rslora"},
         tensors={"down": "lora_A.weight", "up": "lora_B.weight"},
         one_hot={"down": "lora_embedding_A", "up": "lora_embedding_B"},
-    )
+        layouts={"conv": {"down": "a - kernel", "up": "a b ones"}, "stack": {"down": "ab c", "up": "b ca"}},
+        kinds=("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding", "Parameter"),
+        own_convolution=True,
+        patterns={"rank": "rank_pattern", "alpha": "alpha_pattern"},
+        bias="lora_only",
+        reads={"dropout": 0.0, "rank_stabilized": False},
+        # Other inits change the base at every load, or are no init at all.
+        ignored={
+            "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
+            "eva_config": None, "megatron_core": None, "qalora_group_size": None, "runtime_config": None,
+        },
+    )  # fmt: skip
 
     rank: int = 8
     alpha: float = 16.0

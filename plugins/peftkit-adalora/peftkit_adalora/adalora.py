@@ -45,6 +45,13 @@ class AdaLoRA(peftkit.Method):
             "beta1": "beta1", "beta2": "beta2",
         },
         tensors={"down": "lora_A", "values": "lora_E", "up": "lora_B"},
+        kinds=("Linear", "Conv1D", "Conv2d"),
+        bias="lora_only",
+        ignored={
+            "r": None, "init_lora_weights": (True,), "megatron_core": None, "qalora_group_size": None, "tfinal": (0,),
+            "runtime_config": None,
+        },
+        unsaved={"kept": True, "steps": 0},
     )  # fmt: skip
 
     rank: int = 12

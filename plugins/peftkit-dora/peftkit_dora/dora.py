@@ -1,10 +1,12 @@
 """DoRA: the length of each row of the weight is learned apart from its direction (Liu et al., arXiv:2402.09353)."""
 
+import weakref
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import peftkit
 from peftkit.methods.lora import LoRAAdapter
@@ -29,6 +31,12 @@ class DoRA(peftkit.LoRA):
         peftkit.LoRA.hf,
         tensors={**peftkit.LoRA.hf.tensors, "magnitude": "lora_magnitude_vector"},
         one_hot={**peftkit.LoRA.hf.one_hot, "magnitude": "lora_magnitude_vector"},
+        layouts={
+            **peftkit.LoRA.hf.layouts,
+            "": {"magnitude": "ab"},
+            "conv": {**peftkit.LoRA.hf.layouts["conv"], "magnitude": "1 ab ones"},
+        },
+        kinds=("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding"),
         constants={"use_dora": True},
     )
 
@@ -67,11 +75,40 @@ class DoRAAdapter(LoRAAdapter):
         up, down, s = self.factors()
         start = self.start()
         terms: list[tuple[float, Tensor, Tensor]] = [(s, up, down)] + ([] if start is None else [(-s, *start)])
-        square = torch.linalg.vector_norm(w, dim=-1, keepdim=True).square()
+        square = self._square(w)
         change = sum(2 * a * _rows(w @ d.mT, u) for a, u, d in terms)
         change = change + sum(a * b * _rows(u @ (d @ e.mT), v) for a, u, d in terms for b, v, e in terms)
         least = torch.finfo(w.dtype).eps ** 2 * square  # rounding can leave less than nothing of a row that cancels
         return torch.maximum(square + change, least).sqrt()
+
+    def _square(self, w: Tensor) -> Tensor:
+        """`|w|²` by rows; remembered for a weight that is still the same tensor, which nothing has written to since."""
+        if not _has_identity(w):
+            return _square(w)
+        key = w._version, w.data_ptr(), w.shape, w.stride(), w.dtype
+        known = _squares.get(self)
+        if known is not None and known[0] == key and known[1] == StorageWeakRef(w.untyped_storage()):
+            return known[2]
+        square = _square(w)
+        _squares[self] = key, StorageWeakRef(w.untyped_storage()), square
+        return square
+
+
+_squares: "weakref.WeakKeyDictionary[DoRAAdapter, tuple[Any, StorageWeakRef, Tensor]]" = weakref.WeakKeyDictionary()
+"""Not in the adapters, to be neither copied nor pickled with them. A reference to a storage keeps no memory alive, and
+no other storage equals it afterwards.
+"""
+
+
+def _has_identity(w: Tensor) -> bool:
+    """Whether a tensor has memory of its own and counts what is written to it."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return type(w) is Tensor and not (w.is_meta or w.is_inference())
+
+
+def _square(w: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(w, dim=-1, keepdim=True).square()
 
 
 def _rows(a: Tensor, b: Tensor) -> Tensor:

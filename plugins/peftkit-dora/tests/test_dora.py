@@ -2,8 +2,11 @@
 
 import copy
 import doctest
+import gc
 import math
+import pickle
 import sys
+import weakref
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from torch import nn
 import peftkit
 from peftkit.testing import CASES, parametrize_with_checks
 from peftkit.testing.parity import PARTS, compare_with_hf
+from peftkit_dora import dora
 from peftkit_dora.dora import DoRA
 
 SOME = [case for case in CASES if case.name in ("Linear", "Conv2d", "Embedding", "LSTM")]
@@ -260,6 +264,73 @@ def test_half_precision_base():
     torch.testing.assert_close(y.float(), wanted, rtol=0, atol=2e-2 * wanted.abs().max().item())
     y.float().square().sum().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("change", ["nothing", "in place", "other data", "another dtype", "another tensor"])
+def test_the_length_of_the_base_is_remembered_for_that_base_only(monkeypatch, change):
+    """What it is made of is looked at once; whatever becomes of the weight, the output is that of the definition."""
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 5)
+    model, adapter = adapter_on(layer, DoRA(rank=2))
+    nn.init.normal_(adapter.up)
+    model(torch.randn(3, 6))
+    looked = []
+    square = dora._square
+    monkeypatch.setattr(dora, "_square", lambda w: looked.append(1) or square(w))
+    with torch.no_grad():
+        if change == "in place":
+            layer.weight.mul_(3)
+        elif change == "other data":
+            layer.weight.data = layer.weight * 2
+        elif change == "another dtype":
+            model.double()
+        elif change == "another tensor":
+            layer._parameters["weight"] = nn.Parameter(layer.weight * 2, requires_grad=False)
+        x = torch.randn(3, 6, dtype=layer.weight.dtype)
+        y = model(x)
+        torch.testing.assert_close(y, F.linear(x, adapter.weight(layer.weight.clone()), layer.bias))
+        assert torch.equal(model(x), y)
+    # once more for the clone, which is nobody's weight, and so once more for the weight after it
+    assert len(looked) == (2 if change == "nothing" else 3)
+
+
+def test_what_is_remembered_keeps_nothing_alive():
+    """It goes with the adapter, holds no weight, and is neither copied nor pickled."""
+    layer = nn.Linear(6, 5)
+    model, adapter = adapter_on(layer, DoRA(rank=2))
+    weight = weakref.ref(layer._parameters["weight"])
+    assert adapter in dora._squares
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert twin[0].adapters["default"]["weight"] not in dora._squares
+    before = len(dora._squares)
+    layer._parameters["weight"] = None
+    assert weight() is None
+    del model, layer, adapter
+    gc.collect()
+    assert len(dora._squares) < before
+
+
+def test_it_keeps_one_tensor_of_the_size_of_the_output():
+    """Beside what LoRA keeps for backward, that is the output, the lengths' quotient and nothing else."""
+    kept = {}
+    x = torch.randn(32, 16, requires_grad=True)
+    for method in (peftkit.LoRA(rank=2), DoRA(rank=2)):
+        model, _ = adapter_on(nn.Linear(16, 24, bias=False), method)
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        storages = {}
+
+        def pack(t, own=own, storages=storages):
+            if t.untyped_storage().data_ptr() not in own:
+                storages[t.untyped_storage().data_ptr()] = t
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = model(x)
+        kept[method.name] = sum(t.untyped_storage().nbytes() for t in storages.values())
+        if method.name == "dora":
+            assert y.data_ptr() in {t.data_ptr() for t in storages.values()}
+    assert kept["lora"] == 4 * (32 * 16 + 32 * 2)
+    assert kept["dora"] == kept["lora"] + 4 * 32 * 24 + 2 * 4 * 24  # the norm, and the gain made of it
 
 
 def test_merging_drifts_by_nothing():

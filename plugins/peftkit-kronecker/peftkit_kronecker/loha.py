@@ -44,6 +44,10 @@ class LoHa(peftkit.Method):
             "core_1": "hada_t1",
             "core_2": "hada_t2",
         },
+        layouts={"conv": {"core_1": "a b kernel", "core_2": "a b kernel"}},
+        kinds=("Linear", "Conv1d", "Conv2d"),
+        patterns={"rank": "rank_pattern", "alpha": "alpha_pattern"},
+        ignored={"init_weights": (True,)},
     )
 
     rank: int = 8

@@ -57,6 +57,10 @@ class LoKr(peftkit.Method):
             "second_down": "lokr_w2_b",
             "second_core": "lokr_t2",
         },
+        layouts={"conv": {"second": "a - kernel", "second_core": "a b kernel"}},
+        kinds=("Linear", "Conv2d"),  # its Conv1d is right in some shapes only
+        patterns={"rank": "rank_pattern", "alpha": "alpha_pattern"},
+        ignored={"init_weights": (True, "lycoris")},
     )
 
     rank: int = 8

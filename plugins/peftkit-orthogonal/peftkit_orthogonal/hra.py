@@ -35,7 +35,13 @@ class HRA(peftkit.Method):
 
     name: ClassVar[str] = "hra"
     hf: ClassVar = peftkit.HuggingFace(
-        peft_type="HRA", fields={"rank": "r"}, tensors={"normals": "hra_u"}, constants={"apply_GS": False}
+        peft_type="HRA",
+        fields={"rank": "r"},
+        tensors={"normals": "hra_u"},
+        constants={"apply_GS": False},
+        kinds=("Linear",),  # its Conv2d takes all kernels, strides and paddings for square, and knows no groups
+        bias="hra_only",
+        ignored={"init_weights": (True,)},
     )
 
     rank: int = 8

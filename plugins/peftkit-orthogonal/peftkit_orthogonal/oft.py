@@ -54,6 +54,9 @@ class OFT(peftkit.Method):
         },
         tensors={"generator": "oft_R.weight"},
         one_hot={"generator": "oft_embedding_R.weight"},
+        kinds=("Linear", "Embedding"),  # its Conv2d rotates overlapping patches, which is no rotation of the weight
+        bias="oft_only",
+        ignored={"init_weights": (True,)},
     )
 
     block_size: int = 32

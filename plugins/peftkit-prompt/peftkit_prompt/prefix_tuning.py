@@ -54,7 +54,13 @@ class PrefixTuning(peftkit.Method):
         fields={"tokens": "num_virtual_tokens"},
         shared={"prefix": "prompt_embeddings"},
         constants={"prefix_projection": False},
-    )
+        prefix="",
+        tasks=("CAUSAL_LM",),
+        ignored={
+            "token_dim": None, "num_layers": None, "num_attention_heads": None, "num_transformer_submodules": (1,),
+            "encoder_hidden_size": None, "init_weights": None,
+        },
+    )  # fmt: skip
 
     tokens: int = 20
     init: str = "vocabulary"

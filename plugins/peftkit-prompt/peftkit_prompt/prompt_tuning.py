@@ -38,7 +38,14 @@ class PromptTuning(peftkit.Method):
         "PROMPT_TUNING",
         fields={"tokens": "num_virtual_tokens"},
         shared={"prompt": "prompt_embeddings"},
-    )
+        prefix="",
+        tasks=("CAUSAL_LM",),
+        ignored={
+            "token_dim": None, "num_layers": None, "num_attention_heads": None, "num_transformer_submodules": (1,),
+            "prompt_tuning_init": None, "prompt_tuning_init_text": None, "tokenizer_name_or_path": None,
+            "tokenizer_kwargs": None,
+        },
+    )  # fmt: skip
 
     tokens: int = 20
     init: str = "vocabulary"

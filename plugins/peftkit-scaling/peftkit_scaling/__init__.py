@@ -1,1 +1,1 @@
-"""Methods that learn vectors alone: `ia3`, `bitfit` and `ln_tuning`, each in a module of its own."""
+"""Methods that learn vectors alone, each in a module of its own: scales, biases, norms, and rows of embeddings."""

@@ -30,7 +30,14 @@ class IA3(peftkit.Method):
 
     name: ClassVar[str] = "ia3"
     affine: ClassVar[bool] = True
-    hf: ClassVar = peftkit.HuggingFace(peft_type="IA3", tensors={"scale": "ia3_l"})
+    hf: ClassVar = peftkit.HuggingFace(
+        peft_type="IA3",
+        tensors={"scale": "ia3_l"},
+        layouts={"conv": {"scale": "1 ab ones"}},
+        kinds=("Linear", "Conv1D", "Conv2d", "Conv3d"),
+        lists={"scale_inputs": "feedforward_modules"},
+        ignored={"init_ia3_weights": (True,)},
+    )
 
     scale_inputs: bool = False
 

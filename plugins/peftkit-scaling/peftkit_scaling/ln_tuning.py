@@ -28,7 +28,9 @@ class LNTuning(peftkit.Method):
     vectors: ClassVar[bool] = True
     affine: ClassVar[bool] = True
     default_targets: ClassVar[str] = "@norm"
-    hf: ClassVar = peftkit.HuggingFace(peft_type="LN_TUNING", tensors={"value": "ln_tuning_layers.{weight}"})
+    hf: ClassVar = peftkit.HuggingFace(
+        peft_type="LN_TUNING", tensors={"value": "ln_tuning_layers.{weight}"}, layouts={"": {"value": "stored"}}
+    )
 
     def adapter(self, site: peftkit.Site, shared: peftkit.Shared | None = None) -> peftkit.Adapter:
         """The copy of one vector."""

@@ -44,6 +44,8 @@ class VBLoRA(peftkit.Method):
         },
         tensors={"down": "vblora_logits_A", "up": "vblora_logits_B"},
         shared={"bank": "vblora_vector_bank"},
+        kinds=("Linear", "Conv1D"),
+        bias="vblora_only",
     )  # fmt: skip
 
     rank: int = 4

@@ -36,6 +36,9 @@ class VeRA(peftkit.Method):
         fields={"rank": "r", "start": "d_initial", "dropout": "vera_dropout"},
         tensors={"b": "vera_lambda_b", "d": "vera_lambda_d"},
         shared={"A": "vera_A", "B": "vera_B"},
+        kinds=("Linear", "Conv1D"),
+        bias="vera_only",
+        ignored={"projection_prng_key": None, "save_projection": (True,), "init_weights": (True,)},
     )
 
     rank: int = 256
@@ -84,10 +87,13 @@ class VeRAAdapter(peftkit.LowRank):
         self.d = site.parameter(torch.full((*site.batch, method.rank), float(method.start)))
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """The parts of the matrices that fit this site, their rows scaled."""
+        """The parts of the matrices that fit this site. `B` takes both vectors: `A` then is a constant.
+
+        So nothing that trains is applied to the layer's input, which need not be kept for backward.
+        """
         state = self.projections.state
         A, B = state.A[:, : self.columns].to(self.d), state.B[: self.rows].to(self.b)  # a site may be on another device
-        return self.b.unsqueeze(-1) * B, self.d.unsqueeze(-1) * A, 1.0
+        return self.b.unsqueeze(-1) * self.d.unsqueeze(-2) * B, A.expand(*self.d.shape[:-1], -1, -1), 1.0
 
 
 @peftkit.hookimpl

