@@ -9,9 +9,10 @@ While compiling there are no frames, because opening one is a side effect that g
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,32 +82,54 @@ def set_running(layer: nn.Module, adapters: Iterable[str]) -> None:
 
 def _running(layer: nn.Module, sites: dict[str, dict[str, Any]]) -> Running:
     state = state_of(layer)
-    around = tuple(n for n, here in sites.items() if any(isinstance(a, Activation) for a in here.values()))
-    names = tuple(n for n, here in sites.items() if any(isinstance(a, Adapter) for a in here.values()))
-    weights = {weight for n in names for weight, a in sites[n].items() if isinstance(a, Adapter)}  # not shared state
+    around, names, weights = [], [], set()
+    for name, here in sites.items():
+        forms = {weight: _form(type(adapter)) for weight, adapter in here.items()}
+        if any(form.surrounds for form in forms.values()):
+            around.append(name)
+        weighing = [weight for weight, form in forms.items() if form.weighs]  # shared state does neither
+        if weighing:
+            names.append(name)
+            weights.update(weighing)
     fused, bias, bare = None, None, False
     if len(weights) == 1 and state.fast is not None and state.fast.fuses(layer):
         (weight,) = weights
         adapters = [sites[n][weight] for n in names]
         sums = all(adds_low_rank(adapter) for adapter in adapters)
         bare = sums and all(adapter.start() is None for adapter in adapters)
-        if state.kinds[weight] == state.fast and (sums or (len(adapters) == 1 and _is_low_rank(adapters[0]))):
+        if state.kinds[weight] == state.fast and (sums or (len(adapters) == 1 and _form(type(adapters[0])).low_rank)):
             fused, bias = weight, state.fast.weights(layer)[weight]
     held: Any = layer._modules["adapters"]
     groups, outer = (tuple(held._modules[n] for n in which) for which in (names, around))
-    return Running(names, around, fused, bias, bare, groups, outer)
+    return Running(tuple(names), tuple(around), fused, bias, bare, groups, outer)
 
 
 def adds_low_rank(adapter: nn.Module) -> bool:
     """Whether all that the adapter does is to add its product to the weight, so that several of them are a sum."""
-    return _is_low_rank(adapter) and type(adapter).gain is LowRank.gain  # type: ignore[attr-defined]
+    return _form(type(adapter)).sums
 
 
-def _is_low_rank(adapter: nn.Module) -> bool:
-    """Whether its factors, with its gain if it has one, are all that the adapter is."""
-    if not isinstance(adapter, LowRank):
-        return False
-    return type(adapter).weight is LowRank.weight and type(adapter).bias is Adapter.bias
+class _Form(NamedTuple):
+    """What a class of adapters is."""
+
+    surrounds: bool
+    weighs: bool
+    low_rank: bool
+    """Its factors, with its gain if it has one, are all that it is."""
+    sums: bool
+
+
+_forms: "weakref.WeakKeyDictionary[type, _Form]" = weakref.WeakKeyDictionary()
+
+
+def _form(kind: Any) -> _Form:
+    """Asked for each layer whenever adapters are switched: `isinstance` is slow for classes that may be abstract."""
+    known = _forms.get(kind)
+    if known is None:
+        low_rank = issubclass(kind, LowRank) and kind.weight is LowRank.weight and kind.bias is Adapter.bias
+        sums = low_rank and kind.gain is LowRank.gain
+        known = _forms[kind] = _Form(issubclass(kind, Activation), issubclass(kind, Adapter), low_rank, sums)
+    return known
 
 
 def run(
