@@ -401,7 +401,7 @@ def test_leaving_a_run_early_ends_its_process():
     with pytest.raises(KeyboardInterrupt), process.Run({"workload": "tiny-mlp", "threads": 1}) as run:
         raise KeyboardInterrupt
 
-    assert run.process.poll() == -signal.SIGKILL
+    assert run.process.poll() is not None
 
 
 def test_a_third_partys_distribution_from_the_command_line(third_party, tmp_path):

@@ -23,7 +23,8 @@ from races.steps import RANK, Setting, training
 from races.timing import Side, Turns, interval, pair_ratios, quiet_collector, rounds_for, summary
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+# pytest-benchmark times nothing in what it takes for a worker of pytest-xdist.
+ONE_THREAD = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")} | {"OMP_NUM_THREADS": "1"}
 pytestmark = [
     # HF PEFT asks transformers for a property under its old name.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),

@@ -93,7 +93,8 @@ def test_twice_the_layers_are_twice_the_work(name, tmp_path):
     few, twice, four_times = (lines(operation, make(n, file), file) for n in (24, 48, 96))
 
     assert twice - few > 24
-    assert four_times - twice <= 2.01 * (twice - few)
+    # A few lines more or less are the interpreter's own affair: a walk of n layers for each of them is thousands.
+    assert four_times - twice <= 2.01 * (twice - few) + 24
 
 
 ON_ONE_OF_MANY = {

@@ -31,7 +31,7 @@ ORDER = [
     "formats.parts", "formats.servable", "formats.to_folder", "formats", "files", "methods", "methods.frozen", "methods.full", "methods.lora",
     "workloads", "workloads.needs", "workloads.assets", "workloads.synthetic", "workloads.digits", "workloads.pitch", "workloads.voices", "workloads.text",
     "bench", "bench.statistics", "bench.document", "bench.derived", "bench.flops", "bench.subject", "bench.exact", "bench.timing",
-    "bench.quality", "bench.worker", "bench.environment", "bench.process", "bench.engine", "bench.compare", "bench.report.columns", "bench.report.ties", "bench.report.view", "bench.report.words",
+    "bench.quality", "bench.worker", "bench.process", "bench.environment", "bench.engine", "bench.compare", "bench.report.columns", "bench.report.ties", "bench.report.view", "bench.report.words",
     "bench.report.plots", "bench.report.page", "bench.report.text", "bench.report",
     "testing.parity", "testing.cases", "testing.subject", "testing.declaring", "testing.wrapping", "testing.training", "testing.keeping",
     "testing.undoing", "testing.defining", "testing.surviving", "testing.kit", "testing",

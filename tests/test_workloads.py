@@ -90,7 +90,10 @@ def test_real_workloads(name):
     with torch.no_grad():
         values = [workload.evaluate(frozen, split) for split in ("validation", "test")]
         remembered = workload.forgetting(frozen)
-        assert workload.forgetting(model) != remembered
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn_like(p))
+        assert workload.forgetting(model) != remembered  # what is spoilt shows
     assert all(math.isfinite(value) for value in values)
     assert values[0] != values[1]
     if workload.metric.unit == "%":

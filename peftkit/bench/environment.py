@@ -13,6 +13,7 @@ import torch
 
 import peftkit
 from peftkit import plugins
+from peftkit.bench.process import VARIABLES
 
 PREFIXES = (
     "MALLOC_",
@@ -114,7 +115,8 @@ def _packages() -> dict[str, str]:
 
 def _variables() -> dict[str, str]:
     """Variables that matter, with the last part of each path in them alone."""
-    named = {name: value for name, value in sorted(os.environ.items()) if name.startswith(PREFIXES)}
+    every = {**VARIABLES, **os.environ}
+    named = {name: value for name, value in sorted(every.items()) if name.startswith(PREFIXES)}
     return {name: re.sub(r"[^\s:;,=]*[/\\]", "", value) for name, value in named.items()}
 
 

@@ -13,6 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+GRACE = 5.0
+"""Seconds that a process has to end by itself."""
+
+VARIABLES = {"OMP_WAIT_POLICY": "PASSIVE", "KINETO_LOG_LEVEL": "99"}
+"""Set for every job, unless they are set already: threads that spin while they wait make a busy machine crawl, and
+torch's profiler is not to write its start and stop."""
+
 
 class Run:
     """A job that runs until the block ends; leaving the block early, by an interrupt say, kills it."""
@@ -60,6 +67,10 @@ class Run:
         return found
 
     def _kill(self) -> None:
+        """Ask it to end, so that it can put away temporary files; then end it, with all that it has started."""
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(GRACE)
         with contextlib.suppress(ProcessLookupError):
             if hasattr(os, "killpg"):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -95,7 +106,7 @@ def _ending(code: int) -> tuple[str, str]:
 def _environment() -> dict[str, str]:
     """This process's own, with its module search path: what can be imported here can be imported there."""
     path = [entry for entry in sys.path if entry]
-    return {"KINETO_LOG_LEVEL": "99", **os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    return {**VARIABLES, **os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def without_folders(text: str) -> str:

@@ -7,6 +7,7 @@ model or a plugin does here, the engine lives on.
 import hashlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -156,6 +157,7 @@ def leave_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("asked to end"))  # so that temporary folders are put away
 
 
 if __name__ == "__main__":

@@ -141,6 +141,8 @@ def _pretrain(path: Path) -> None:
     from safetensors.torch import save_file
 
     images, labels = _old_digits()[0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the model is small, and the result does not depend on how many there are
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = _vit(OLD).train()
@@ -152,6 +154,7 @@ def _pretrain(path: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+    torch.set_num_threads(threads)
     save_file(model.state_dict(), path)
 
 
