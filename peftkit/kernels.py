@@ -196,7 +196,9 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ dropout
 
-_COLUMNS = (torch.arange(1, 65, device="cpu") * -7046029254386353131) | 1  # 2**64 over the golden ratio, signed; odd
+# Odd multiples of 2**64 over the golden ratio, signed. Made by Python: torch's first kernel would start its threads
+# while peftkit is imported.
+_COLUMNS = torch.tensor([((i * -7046029254386353131 | 1) + 2**63) % 2**64 - 2**63 for i in range(1, 65)], device="cpu")
 _MOST = 255 / 256
 _MIX = -2960836687089230189  # an odd number of well mixed bits
 
