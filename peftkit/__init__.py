@@ -9,6 +9,9 @@
 Everything public is here, in `peftkit.errors`, in `peftkit.layers`, and in `peftkit.memory`.
 """
 
+import importlib
+import typing
+
 __version__ = "0.1.0"
 
 # isort: split
@@ -23,17 +26,19 @@ from peftkit.methods.lora import LoRA
 from peftkit.workload import Workload
 
 # isort: split
-from peftkit.combining import combine
-from peftkit.estimating import estimate
 from peftkit.files import load, load_state_dict, save, state_dict
 from peftkit.install import unwrap, wrap
 from peftkit.lifecycle import activate, disabled, param_groups, set_trainable, using
 from peftkit.merging import merge, unmerge
 from peftkit.plan import plan
 from peftkit.plugins import method, methods
-from peftkit.routing import routed
 from peftkit.summary import summary
-from peftkit.verifying import verify
+
+if typing.TYPE_CHECKING:
+    from peftkit.combining import combine
+    from peftkit.estimating import estimate
+    from peftkit.routing import routed
+    from peftkit.verifying import verify
 
 __all__ = [
     "Activation",
@@ -73,3 +78,17 @@ __all__ = [
     "verify",
     "wrap",
 ]
+
+# What most programs never call is imported when it is first asked for.
+_LATER = {"combine": "combining", "estimate": "estimating", "routed": "routing", "verify": "verifying"}
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'peftkit' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"peftkit.{_LATER[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
