@@ -5,8 +5,8 @@ products of the stacked factors add all updates, where a loop over the adapters 
 shorter factor is filled up with zeros, and a sample without an adapter has zeros for factors: neither changes a bit.
 
 Serves layers in which every adapter of the batch is a plain sum (rule R2 in docs/design.md) and whose kind applies it
-as `nn.Linear` does. Without gradients the stacks are kept until something that they were made of changes
-(`peftkit.stacks`). They hold each adapter once, however many samples it serves.
+as `nn.Linear` does. Without gradients the stacks of a second call are kept until something that they were made
+of changes (`peftkit.stacks`). They hold each adapter once, however many samples it serves.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from peftkit.composition import Running, adapters_in, raw_parameter, state_of
 from peftkit.layers.kind import LayerKind
 from peftkit.layers.linear import Conv1D, Linear
 from peftkit.running import adds_low_rank
-from peftkit.stacks import Kept, Pair, Stacks, factors_of, stacked
+from peftkit.stacks import Kept, Made, Pair, Stacks, factors_of, stacked
 
 MAKE_OUTPUTS = (Linear.plain, Conv1D.plain)
 """Whose output is a new tensor, which may be added to. Another kind's may not, and its gradient is its own affair."""
@@ -67,6 +67,7 @@ class Grouped:
         self.known = type(kind).plain in MAKE_OUTPUTS
         self.index: Tensor | None = None
         self.kept: Kept | None = None
+        self.called = False
 
     def run(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dim_of: Callable[[Tensor], int | None]
@@ -92,10 +93,10 @@ class Grouped:
         """Without gradients. Short, because with a token a sample every line is felt."""
         width = x.shape[-1]
         y = self.kind.plain(layer, x.view(-1, width), w, b)  # flattened: torch takes its kernel by the dimensions
-        kept = self._kept(y.dtype)
-        stacks = kept.stacks if self.in_order else self.of_blocks(kept.stacks)
-        drawn = self._draw(x.device) if kept.drops else None
-        add(y.view(self.blocks, -1, y.shape[1]), x.view(self.blocks, -1, width), stacks, kept.scale, drawn)
+        made = self._made(y.dtype)
+        stacks = made.stacks if self.in_order else self.of_blocks(made.stacks)
+        drawn = self._draw(x) if made.drops else None
+        add(y.view(self.blocks, -1, y.shape[1]), x.view(self.blocks, -1, width), stacks, made.scale, drawn)
         return y.view(*x.shape[:-1], y.shape[1])
 
     def _learned(self, layer: nn.Module, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
@@ -103,7 +104,7 @@ class Grouped:
         self.forget()
         pairs, scale = factors_of(self.adapters)
         tensors = [tensor for pair in pairs if pair is not None for tensor in pair]
-        drawn = self._draw(x.device)
+        drawn = self._draw(x)
         y: Tensor = _GroupedLinear.apply(x, w, b, self, layer, scale, drawn, *tensors)  # type: ignore[no-untyped-call]
         return y
 
@@ -117,20 +118,29 @@ class Grouped:
             pairs, scale = factors_of(self.adapters)
             stacks = stacked(pairs, y.dtype)
         else:
-            kept = self._kept(y.dtype)
-            stacks, scale = kept.stacks, kept.scale
+            made = self._made(y.dtype)
+            stacks, scale = made.stacks, made.scale
         with kernels.no_autocast(x.device.type):
             delta = y.new_zeros(*shape, y.shape[-1])
-            add(delta, first.reshape(*shape, x.shape[-1]), self.of_blocks(stacks), scale, self._draw(x.device))
+            add(delta, first.reshape(*shape, x.shape[-1]), self.of_blocks(stacks), scale, self._draw(x))
             return y + delta.view(*first.shape[:-1], y.shape[-1]).movedim(0, dim)
 
-    def _kept(self, dtype: torch.dtype) -> Kept:
-        """The stacks of the last time, if they are still those of the adapters."""
+    def _made(self, dtype: torch.dtype) -> Made:
+        """The stacks: those of the last call, if they are kept and still what the adapters give.
+
+        They are kept from the second call on. A block that is entered for one batch has no use for what that costs.
+        """
         kept = self.kept
-        if kept is None or kept.dtype != dtype or not kept.is_fresh():
-            self.kept = kept = None  # the old ones' memory first
-            kept = Kept.of(self.adapters, dtype)
-            self.kept = kept if kept.shows_changes else None
+        if kept is not None and kept.dtype == dtype and kept.is_fresh():
+            return kept
+        self.kept = kept = None  # the old ones' memory first
+        pairs, scale = factors_of(self.adapters)
+        stacks = stacked(pairs, dtype)
+        if not self.called:
+            self.called = True
+            return Made(self.real, stacks, scale)
+        kept = Kept(self.real, Stacks(stacks.down, stacks.up.contiguous()), scale)
+        self.kept = kept if kept.shows_changes else None
         return kept
 
     def forget(self) -> None:
@@ -150,41 +160,44 @@ class Grouped:
             self.index = torch.tensor(self.places, device=device)
         return self.index
 
-    def _draw(self, device: torch.device) -> "Drawn | None":
+    def _draw(self, x: Tensor) -> "Drawn | None":
         rates = [adapter.dropout if adapter.training else 0.0 for adapter in self.real]
         if not any(rates):
             return None
         if len(set(rates)) == 1:
-            mask = kernels._draw(rates[0])
-            return Drawn([mask], kernels._raise(mask))
+            noise = kernels.draw(x, rates[0])
+            return Drawn([noise], noise.factor)
         of = {id(adapter): rate for adapter, rate in zip(self.real, rates, strict=True)}
-        masks = [kernels._draw(of.get(id(self.adapters[place]), 0.0)) for place in self.places]
-        return Drawn(masks, torch.tensor([kernels._raise(mask) for mask in masks], device=device).view(-1, 1, 1))
+        parts = x.reshape(self.blocks, -1)
+        each = [
+            kernels.draw(part, of.get(id(self.adapters[place]), 0.0))
+            for part, place in zip(parts, self.places, strict=True)
+        ]
+        factors = torch.tensor([noise.factor for noise in each], device=x.device)
+        return Drawn(each, factors.view(-1, 1, 1))
 
 
 class Drawn(NamedTuple):
     """What dropout drew for one call: the masks are made of it when they are needed."""
 
-    masks: list[tuple[int, int]]
+    noise: list[kernels.Noise]
     """One for all blocks, or one for each."""
     factor: Any
     """What is kept is multiplied by it: a number, or `[blocks, 1, 1]`."""
 
     def mask(self, x: Tensor) -> Tensor:
         """0 and 1 in the shape of `x` `[blocks, n, in]`."""
-        if len(self.masks) == 1:
-            return kernels.keep_mask(x, *self.masks[0])
-        return torch.stack(
-            [kernels.keep_mask(block, *mask) for block, mask in zip(x.unbind(), self.masks, strict=True)]
-        )
+        if len(self.noise) == 1:
+            return kernels.keep_mask(x.shape, self.noise[0])
+        return torch.stack([kernels.keep_mask(x.shape[1:], noise) for noise in self.noise])
 
     def on_low(self, low: Tensor) -> Tensor:
         """`low` `[blocks, n, rank]` times the factors, where they differ."""
-        return (low * self.factor).to(low.dtype) if len(self.masks) > 1 else low
+        return (low * self.factor).to(low.dtype) if len(self.noise) > 1 else low
 
     def on_scale(self, scale: float) -> float:
         """`scale` times the factor, where there is one for all."""
-        return scale * self.factor if len(self.masks) == 1 else scale
+        return scale * self.factor if len(self.noise) == 1 else scale
 
 
 def add(y: Tensor, x: Tensor, stacks: Stacks, scale: float, drawn: Drawn | None) -> Tensor:

@@ -6,19 +6,20 @@ What it saves over the same in plain operations:
 * It casts the two small factors to the layer's dtype. Under autocast the cast of an input is shared by the layers that
   get the same one (queries, keys and values). That of the frozen weight is kept for backward, as autocast itself does,
   or made again there, where memory is scarcer than time (`lean`).
-* Dropout keeps no copy of the input and no mask, only a seed: the mask is made again in backward, from few random
-  numbers and a hash, at a fraction of the cost of `torch.nn.functional.dropout`.
+* Dropout keeps no copy of the input and no mask, only one random number for 512 elements: the mask is made of these by
+  a hash, and again in backward, at a fraction of the cost of `torch.nn.functional.dropout`.
 * It computes and saves only what some gradient needs.
 
 Where nothing of that is at stake (no dropout, one dtype) plain operations in place do as well, and can be
 differentiated twice. While compiling and in functorch transforms the caller takes the plain form (`peftkit.running`).
 """
 
+import math
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,28 +77,30 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, up: Tensor, down: Tensor, sca
     dtype = torch.get_autocast_dtype(device) if autocast else w.dtype
     if dropout > _MOST:  # rarer than a byte can say
         return F.linear(x, w, b) + F.linear(F.linear(F.dropout(x, dropout), down.to(dtype)), up.to(dtype)) * scale
-    drawn = _draw(dropout) if dropout else None
+    noise = draw(x, dropout) if dropout else None
     if not autocast and x.dtype != w.dtype:
         return F.linear(x, w, b)  # torch's own error
-    if torch.is_grad_enabled() and (drawn or not plain or x.dtype != dtype):
-        y: Tensor = _LowRankLinear.apply(x, w, b, up, down, scale, drawn, dtype)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() and (noise or not plain or x.dtype != dtype):
+        y: Tensor = _LowRankLinear.apply(x, w, b, up, down, scale, noise, dtype)  # type: ignore[no-untyped-call]
         return y
     if not autocast:
-        return _plain(x, w, b, up, down, scale, drawn)
+        return _plain(x, w, b, up, down, scale, noise)
     with no_autocast(device):
         bias = None if b is None else b.to(dtype)
-        return _plain(_cast(x, dtype), w.to(dtype), bias, up, down, scale, drawn)
+        return _plain(_cast(x, dtype), w.to(dtype), bias, up, down, scale, noise)
 
 
-def _plain(x: Tensor, w: Tensor, b: Tensor | None, up: Tensor, down: Tensor, scale: float, drawn: Any) -> Tensor:
+def _plain(
+    x: Tensor, w: Tensor, b: Tensor | None, up: Tensor, down: Tensor, scale: float, noise: "Noise | None"
+) -> Tensor:
     flat = x.dim() == 2
     rows = x if flat else x.reshape(-1, x.shape[-1])
     if up.dtype != x.dtype or down.dtype != x.dtype:
         up, down = up.to(x.dtype), down.to(x.dtype)
     kept = rows
-    if drawn:
-        kept = rows * keep_mask(rows, *drawn)
-        scale *= _raise(drawn)
+    if noise:
+        kept = rows * keep_mask(rows.shape, noise)
+        scale *= noise.factor
     h = F.linear(kept, down)
     if not x.is_contiguous():  # for which torch takes another kernel, that rounds otherwise
         return F.linear(x, w, b) + (h @ up.mT).mul_(scale).view(*x.shape[:-1], up.shape[0])
@@ -108,7 +111,7 @@ def _plain(x: Tensor, w: Tensor, b: Tensor | None, up: Tensor, down: Tensor, sca
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, up: Tensor, down: Tensor, scale: float, drawn: Any, dtype: Any
+        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, up: Tensor, down: Tensor, scale: float, noise: Any, dtype: Any
     ) -> Tensor:
         with no_autocast(x.device.type):
             cast = _cast(x, dtype)
@@ -116,10 +119,13 @@ class _LowRankLinear(torch.autograd.Function):
             y = F.linear(cast, used, None if b is None else b.to(dtype)).contiguous()
             y = y.data  # or torch takes it for a view, which nobody could change in place
             rows = cast.reshape(-1, cast.shape[-1])
-            scale = scale * (_raise(drawn) if drawn else 1)
-            h = F.linear(rows * keep_mask(rows, *drawn) if drawn else rows, down.to(dtype))
+            if noise:
+                scale *= noise.factor
+                rows = rows * keep_mask(rows.shape, noise)
+            h = F.linear(rows, down.to(dtype))
             y.view(-1, y.shape[-1]).addmm_(h, up.to(dtype).mT, alpha=scale)
-        ctx.scale, ctx.drawn, ctx.dtype, ctx.x_dtype = scale, drawn, dtype, x.dtype
+        ctx.scale, ctx.dtype, ctx.x_dtype = scale, dtype, x.dtype
+        ctx.threshold = noise.threshold if noise else None
         wants_x, _, _, wants_up, wants_down, *_ = ctx.needs_input_grad
         wants_low = wants_x or wants_down
         ctx.save_for_backward(
@@ -128,6 +134,7 @@ class _LowRankLinear(torch.autograd.Function):
             up if wants_low else None,
             down if wants_x else None,
             h if wants_up else None,
+            noise.bits if noise and wants_low else None,
         )
         ctx.shapes = x.shape, up.dtype, down.dtype, None if b is None else b.dtype
         return y
@@ -135,7 +142,7 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cast, w, up, down, h = ctx.saved_tensors
+        cast, w, up, down, h, bits = ctx.saved_tensors
         shape, up_dtype, down_dtype, b_dtype = ctx.shapes
         wants_x, _, wants_b, wants_up, wants_down, *_ = ctx.needs_input_grad
         dtype, scale = ctx.dtype, ctx.scale
@@ -148,9 +155,8 @@ class _LowRankLinear(torch.autograd.Function):
                 grad_up = torch.mm(grad.mT, h).mul_(scale).to(up_dtype)
             if up is not None:
                 low = torch.mm(grad, up.to(dtype)).mul_(scale)  # [n, rank]
-            if ctx.drawn is not None:
-                rows = cast if cast is not None else grad.new_empty(shape)
-                mask = keep_mask(rows.reshape(-1, shape[-1]), *ctx.drawn)
+            if bits is not None:
+                mask = keep_mask(shape, Noise(ctx.threshold, bits)).view(-1, shape[-1])
                 if wants_down and wants_x:
                     mask = mask.to(dtype)  # once for both products, which otherwise do it one by one
             buffer = None
@@ -203,34 +209,43 @@ _MOST = 255 / 256
 _MIX = -2960836687089230189  # an odd number of well mixed bits
 
 
-def _draw(dropout: float) -> tuple[int, int]:
-    """A threshold in 256ths, whose mean over draws is the probability, and a seed; from torch's CPU generator, so that
-    `torch.manual_seed` and gradient checkpointing repeat them.
+class Noise(NamedTuple):
+    """What was drawn for one dropout; the mask is a function of it."""
+
+    threshold: int
+    """Out of 256, so many are dropped."""
+    bits: Tensor
+    """`[n / 512, 1]` random 64-bit numbers."""
+
+    @property
+    def factor(self) -> float:
+        """What the elements that are kept are multiplied by, for their expectation to stay."""
+        return 256 / (256 - self.threshold)
+
+
+def draw(x: Tensor, dropout: float) -> Noise:
+    """Noise for an `x` and a probability, which is the mean of the thresholds over many draws.
+
+    From torch's generator of the tensor's device, which `torch.manual_seed` and gradient checkpointing set back. The
+    bounds are there for its full range: without them `random_` leaves the top bit zero.
     """
-    seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
-    return int(256 * dropout + (seed & 0xFFFFFF) / 0x1000000), seed
+    bits = torch.empty((x.numel() + 511) // 512, 1, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    # Of any other device the CPU would have to wait for the number.
+    chance = bits[0] if bits.is_cpu and len(bits) else torch.empty((), dtype=torch.int64, device="cpu").random_()
+    return Noise(int(256 * dropout + (int(chance) & 0xFFFFFF) / 0x1000000), bits)
 
 
-def _raise(drawn: tuple[int, int]) -> float:
-    """What the elements that are kept are multiplied by, for their expectation to stay."""
-    return 256 / (256 - drawn[0])
-
-
-def keep_mask(x: Tensor, threshold: int, seed: int) -> Tensor:
-    """0 with probability `threshold / 256` and 1 otherwise, of the shape of `x`, as bytes.
+def keep_mask(shape: Sequence[int], noise: Noise) -> Tensor:
+    """0 for what is dropped and 1 for the rest, in `shape`, as bytes.
 
     Each random 64-bit number is expanded to 64 by a hash (multiply, fold, multiply), and each of these is eight bytes.
-    `random_` gets its full range, because without bounds it leaves the top bit zero; and the hash ends on a
-    multiplication, because a last shift would leave traces in the top byte.
+    The hash ends on a multiplication, because a last shift would leave traces in the top byte. The steps are few rather
+    than the cheapest: within a model each finds cold caches, and costs more to call than to run.
     """
-    if x.is_meta:
-        return torch.empty_like(x, dtype=torch.uint8)
-    n = x.numel()
-    generator = torch.Generator(x.device).manual_seed(seed)
-    z = torch.empty((n + 511) // 512, 1, dtype=torch.int64, device=x.device).random_(
-        -(2**63), None, generator=generator
-    )
-    z = z * _COLUMNS.to(x.device)
+    z = noise.bits * (_COLUMNS if noise.bits.is_cpu else _COLUMNS.to(noise.bits.device))
     z ^= z >> 32
     z *= _MIX
-    return z.view(torch.uint8).view(-1)[:n].ge_(threshold).view(x.shape)
+    mask, n = z.view(torch.uint8), math.prod(shape)
+    if mask.numel() != n:
+        mask = mask.view(-1)[:n]
+    return mask.ge_(noise.threshold).view(shape)

@@ -1,8 +1,8 @@
 """Low-rank products of layers other than linear ones, added into the base's output; and factors of its rows.
 
 A kind computes `h`, what `down` makes of the input, with `rank` channels. `add` puts `scale * up @ h` on top of an
-output in place: there is no second buffer of its size. `dropped` keeps no mask and no masked input for backward, only a
-seed. `gained` keeps one tensor of the output's size, the output itself where that says enough.
+output in place: there is no second buffer of its size. `dropped` keeps no mask and no masked input for backward, only
+few random numbers. `gained` keeps one tensor of the output's size, the output itself where that says enough.
 
 While compiling and in functorch transforms, callers take plain operations.
 """
@@ -107,26 +107,28 @@ def dropped(low: Callable[[Tensor, Tensor], Tensor], x: Tensor, down: Tensor, dr
         return low(x, down)
     if dropout > kernels._MOST or not is_plain_torch():
         return low(F.dropout(x, dropout), down)
-    drawn = kernels._draw(dropout)
-    h: Tensor = _Dropped.apply(low, x, down, drawn)  # type: ignore[no-untyped-call]
-    return h * kernels._raise(drawn)
+    noise = kernels.draw(x, dropout)
+    h: Tensor = _Dropped.apply(low, x, down, noise)  # type: ignore[no-untyped-call]
+    return h * noise.factor
 
 
 class _Dropped(torch.autograd.Function):
     """`low(x * mask, down)`, which is computed again in backward: it is thin, and the mask is the larger part."""
 
     @staticmethod
-    def forward(ctx: Any, low: Callable[[Tensor, Tensor], Tensor], x: Tensor, down: Tensor, drawn: Any) -> Tensor:
-        ctx.low, ctx.drawn = low, drawn
-        ctx.save_for_backward(x, down)
-        return low(x * kernels.keep_mask(x, *drawn), down)
+    def forward(
+        ctx: Any, low: Callable[[Tensor, Tensor], Tensor], x: Tensor, down: Tensor, noise: kernels.Noise
+    ) -> Tensor:
+        ctx.low, ctx.threshold = low, noise.threshold
+        ctx.save_for_backward(x, down, noise.bits)
+        return low(x * kernels.keep_mask(x.shape, noise), down)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, down = ctx.saved_tensors
+        x, down, bits = ctx.saved_tensors
         _, *wants, _ = ctx.needs_input_grad
-        mask = kernels.keep_mask(x, *ctx.drawn)
+        mask = kernels.keep_mask(x.shape, kernels.Noise(ctx.threshold, bits))
         with torch.enable_grad():
             inputs = [(x * mask).requires_grad_(wants[0]), down.detach().requires_grad_(wants[1])]
             h = ctx.low(*inputs)

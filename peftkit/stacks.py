@@ -51,7 +51,15 @@ def stacked(pairs: Sequence[Pair], dtype: torch.dtype) -> Stacks:
     return Stacks(torch.stack(downs).to(dtype).mT, torch.stack(ups).to(dtype).mT)
 
 
-class Kept:
+class Made:
+    """Stacks, for one call."""
+
+    def __init__(self, adapters: Sequence[LowRank], stacks: Stacks, scale: float) -> None:
+        self.dtype, self.stacks, self.scale = stacks.up.dtype, stacks, scale
+        self.drops = any(adapter.training and adapter.dropout for adapter in adapters)
+
+
+class Kept(Made):
     """Stacks, with all that they were made of.
 
     Asked at every forward of every layer, so what there is to compare stands in lists, which are compared without a
@@ -59,8 +67,7 @@ class Kept:
     """
 
     def __init__(self, adapters: Sequence[LowRank], stacks: Stacks, scale: float) -> None:
-        self.dtype, self.stacks, self.scale = stacks.up.dtype, stacks, scale
-        self.drops = any(adapter.training and adapter.dropout for adapter in adapters)
+        super().__init__(adapters, stacks, scale)
         held = {(id(where), name): (where, name) for adapter in adapters for where, name in _held(adapter)}
         self.where = [where for where, _ in held.values()]
         self.names = [name for _, name in held.values()]
@@ -74,13 +81,6 @@ class Kept:
             self.addresses = [*map(Tensor.data_ptr, self.tensors)]
             # While the data lives in an alias too, no other data can get the same address.
             self.aliases = [tensor.detach() for tensor in self.tensors]
-
-    @classmethod
-    def of(cls, adapters: Sequence[LowRank | None], dtype: torch.dtype) -> "Kept":
-        """Made now."""
-        pairs, scale = factors_of(adapters)
-        down, up = stacked(pairs, dtype)
-        return cls([adapter for adapter in adapters if adapter is not None], Stacks(down, up.contiguous()), scale)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """A copy of the model makes stacks of its own adapters."""

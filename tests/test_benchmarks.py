@@ -29,7 +29,7 @@ pytestmark = [
     # HF PEFT asks transformers for a property under its old name.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
-LORA = ["peftkit", "hf-peft", "loralib", "lycoris"]
+LORA = ["peftkit", "by hand", "hf-peft", "loralib", "lycoris"]
 
 # ---------------------------------------------------------------------------------------------- the engine
 
@@ -191,7 +191,7 @@ def test_bytes_kept_in_fp32_are_the_inputs_and_the_products():
     ours = training("peftkit", Setting(), TINY).exact()["saved_bytes"]
     assert ours - floor == expected_excess(TINY, 4)
     dropped = training("peftkit", Setting(dropout=0.1), TINY).exact()["saved_bytes"]
-    assert dropped <= ours
+    assert dropped <= ours + 2 * 8 * (6 * 32 * 64 + 32 * 160) // 512  # the noise, in two layers
 
 
 @pytest.mark.parametrize("row", [*rows.STEPS, rows.LEAN], ids=lambda row: row.name)

@@ -377,15 +377,16 @@ IDS = [
 
 @pytest.mark.parametrize("change", CHANGES, ids=IDS)
 def test_stacks_are_kept_until_something_changes(change):
-    """Without gradients the factors are asked for once; whatever changes an adapter, the next call sees it."""
+    """Without gradients the factors are asked for twice; whatever changes an adapter, the next call sees it."""
     model = wrapped(linear(), method=Asked)
     x = torch.randn(4, 2, 6, dtype=torch.float64)
     with peftkit.routed(model, NAMES):
         with torch.no_grad():
             before = model(x)
             Asked.count = 0
-            assert torch.equal(model(x), before)
-            assert Asked.count == 0
+            for asked in (2, 2, 2):  # a block of one call keeps nothing, and the second call asks once more
+                torch.testing.assert_close(model(x), before, rtol=1e-12, atol=1e-12)
+                assert Asked.count == asked
         change(model, model.layer.adapters["a"]["weight"])
         with torch.no_grad():
             after = model(x)
@@ -411,7 +412,7 @@ def test_stacks_of_shared_state():
         model = peftkit.wrap(model, Sharing(), targets="layer", name=name)
     x = torch.randn(4, 2, 6, dtype=torch.float64)
     with torch.no_grad(), peftkit.routed(model, NAMES):
-        before = model(x)
+        before, _ = model(x), model(x)
         model.layer.adapters["a"]["weight"].bank.state.rows.mul_(2)
         after = model(x)
         assert group_of(model.layer) is not None
@@ -450,6 +451,8 @@ def test_stacks_hold_each_adapter_once_and_end_with_the_block():
     x = torch.randn(12, 2, 6, dtype=torch.float64)
     with torch.no_grad(), peftkit.routed(model, ["a", "b", "a"] * 4):
         model(x)
+        assert group_of(model.layer).kept is None  # of one call
+        model(x)
         kept = group_of(model.layer).kept
         assert kept.stacks.up.shape == (2, 3, 5)
         assert group_of(copy.deepcopy(model).layer).kept is None
@@ -467,7 +470,8 @@ def test_hooks_on_an_adapter_run_at_every_call():
     model = wrapped(linear(), method=Asked)
     model.layer.adapters["a"]["weight"].register_forward_pre_hook(lambda *_: None)
     with torch.no_grad(), peftkit.routed(model, NAMES):
-        model(torch.randn(4, 2, 6, dtype=torch.float64))
+        for _ in range(2):
+            model(torch.randn(4, 2, 6, dtype=torch.float64))
         Asked.count = 0
         model(torch.randn(4, 2, 6, dtype=torch.float64))
     assert Asked.count == 2
@@ -479,7 +483,8 @@ def test_inference_mode():
     x = torch.randn(4, 2, 6, dtype=torch.float64)
     with peftkit.routed(model, NAMES):
         with torch.inference_mode():
-            first = model(x).clone()
+            for _ in range(2):
+                first = model(x).clone()
         with torch.no_grad():
             assert torch.equal(model(x), first)
         y = model(x)

@@ -7,12 +7,15 @@ everywhere, so that the same factors mean the same update.
 import collections
 import contextlib
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import peftkit
+from peftkit import kernels
 from races.models import NAMES
 
 ALPHA = 16
@@ -149,6 +152,64 @@ class Lycoris:
         return model
 
 
+class ByHand:
+    """The same arithmetic with no library around it: two products written into a layer's forward.
+
+    What a library adds to that is its own; what is left to the floor are the products themselves, and the calls of
+    torch that make them. Dropout and mixed dtypes take peftkit's kernel, called directly.
+    """
+
+    name = "by hand"
+
+    def lora(self, model: nn.Module, rank: int, dropout: float = 0.0) -> nn.Module:
+        return _replace(model.requires_grad_(False), lambda layer: LinearByHand(layer, rank, dropout))
+
+
+def many_by_hand(model: nn.Module, rank: int, adapters: int) -> nn.Module:
+    """For a batch in which each sample has an adapter of its own."""
+    return _replace(model, lambda layer: LinearOfMany(layer, rank, adapters))
+
+
+def _replace(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if name in NAMES:
+                setattr(parent, name, make(layer))
+    return model
+
+
+class LinearByHand(nn.Module):
+    """A linear layer without bias, and its adapter."""
+
+    def __init__(self, layer: nn.Linear, rank: int, dropout: float) -> None:
+        super().__init__()
+        self.weight, self.dropout = layer.weight, dropout
+        self.down = nn.Parameter(torch.randn(rank, layer.in_features, device=layer.weight.device) / rank)
+        self.up = nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.weight.device))
+        self.scale = ALPHA / rank
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.dropout or self.weight.dtype != self.up.dtype or torch.is_autocast_enabled(x.device.type):
+            return kernels.linear(x, self.weight, None, self.up, self.down, self.scale, self.dropout)
+        rows = x.reshape(-1, x.shape[-1])
+        y = F.linear(rows, self.weight).addmm_(F.linear(rows, self.down), self.up.mT, alpha=self.scale)
+        return y.view(*x.shape[:-1], -1)
+
+
+class LinearOfMany(nn.Module):
+    """The same with as many adapters as samples, their factors stacked beforehand."""
+
+    def __init__(self, layer: nn.Linear, rank: int, adapters: int) -> None:
+        super().__init__()
+        self.weight, self.scale = layer.weight, ALPHA / rank
+        self.down = nn.Parameter(torch.randn(adapters, layer.in_features, rank) / rank)
+        self.up = nn.Parameter(torch.zeros(adapters, rank, layer.out_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, self.weight)
+        return y.baddbmm_(torch.bmm(x, self.down), self.up, alpha=self.scale)
+
+
 class Floor:
     """No adapter: every weight frozen, with gradients still flowing to the input. No adapter can be faster."""
 
@@ -167,7 +228,7 @@ class Full:
         return model.requires_grad_(True)
 
 
-LIBRARIES = {each.name: each for each in (Floor(), Peftkit(), HuggingFace(), Loralib(), Lycoris(), Full())}
+LIBRARIES = {each.name: each for each in (Floor(), Peftkit(), ByHand(), HuggingFace(), Loralib(), Lycoris(), Full())}
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

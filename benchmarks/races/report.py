@@ -37,7 +37,7 @@ HOW_TO_READ = (
 FEWEST = 5
 """Ratios below which an interval says nothing."""
 
-ORDER = ["peftkit", "hf-peft", "loralib", "lycoris", "full"]
+ORDER = ["peftkit", "by hand", "hf-peft", "loralib", "lycoris", "full"]
 
 
 def machine(device: str = "cpu") -> str:

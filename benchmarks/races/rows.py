@@ -72,8 +72,14 @@ def _training(libraries: list[str], setting: Setting, **options: object) -> dict
 
 # ------------------------------------------------------------------------------------------ the training step
 
-PEERS = ["floor", "peftkit", "hf-peft", "loralib", "lycoris", "full"]
-MIXED = ["floor", "peftkit", "hf-peft", "full"]  # loralib and LyCORIS do not mix a bf16 base with float32 factors
+PEERS = ["floor", "peftkit", "by hand", "hf-peft", "loralib", "lycoris", "full"]
+MIXED = [
+    "floor",
+    "peftkit",
+    "by hand",
+    "hf-peft",
+    "full",
+]  # loralib and LyCORIS do not mix a bf16 base with float32 factors
 BF16 = torch.bfloat16
 
 
@@ -149,7 +155,7 @@ INFERENCE = [
         group="inference",
         title=f"{tokens} token{'s' * (tokens > 1)}, not merged",
         base="floor",
-        sides={name: _alone(steps.inference, name, tokens) for name in ("floor", "peftkit", "hf-peft")},
+        sides={name: _alone(steps.inference, name, tokens) for name in ("floor", "peftkit", "by hand", "hf-peft")},
         target=target,
     )
     for tokens, target in ((1, 1.12), (512, 1.07))
@@ -169,6 +175,7 @@ def _routed(tokens: int, *, kept: bool) -> Row:
         sides={
             "one adapter": _alone(steps.batch_of_one, tokens),
             "peftkit": many("peftkit", tokens, kept=kept),
+            **({"by hand": many("by hand", tokens)} if kept else {}),
             "hf-peft": many("hf-peft", tokens),
         },
         target=1.15 if tokens == 1 else 1.06,
