@@ -296,7 +296,8 @@ def _refuse_what_cannot_be_routed(root: nn.Module, known: Installed, chosen: tup
                 )
     if dim == 0:
         for path, module in root.named_modules():
-            if getattr(module, "batch_first", True) is False:
+            # Past nn.Module's own look-up, which is slow for what is not there.
+            if module.__dict__.get("batch_first", getattr(type(module), "batch_first", True)) is False:
                 raise UnsupportedLayerError(
                     f"{path or 'the model'} ({base_class(module).__name__}) has batch_first=False; if the whole model "
                     f"takes sequence-first inputs, say dim=1; otherwise {REMEDY}"
