@@ -5,6 +5,7 @@ a hang, a third party's distribution seen from the command line) is shown with o
 """
 
 import copy
+import dataclasses
 import importlib
 import json
 import math
@@ -141,6 +142,7 @@ class Here:
     """Stands for `process.Run`: the job is done in this process. Counts the cells that were measured."""
 
     measured: ClassVar[list] = []
+    phases: ClassVar[list] = []
     interrupt_at = None
     """The number of measured cells at which Ctrl-C is pressed."""
 
@@ -158,6 +160,7 @@ class Here:
             if len(Here.measured) == Here.interrupt_at:
                 raise KeyboardInterrupt
             Here.measured.append((self.job["workload"], self.job["method"], tuple(self.job["fields"].items())))
+            Here.phases.append(self.job["phases"])
         job, found = Path("job.json"), Path("result.json")
         job.write_text(json.dumps(self.job))
         worker.main(job, found)
@@ -169,6 +172,7 @@ def here(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(engine, "Run", Here)
     monkeypatch.setattr(Here, "measured", [])
+    monkeypatch.setattr(Here, "phases", [])
     monkeypatch.setattr(Here, "interrupt_at", None)
     return Here
 
@@ -477,6 +481,19 @@ def test_resume_takes_over_only_what_is_the_same(here, change):
 
     assert len(here.measured) == (0 if change == "nothing" else 1)
     assert again["cells"][0]["status"] == "ok"
+
+
+def test_resume_adds_the_phases_that_are_missing(here):
+    """A cell keeps what it has and gets the rest, once."""
+    both = Settings(pairs=1, phases=("exact", "quality"), seeds=(0, 1), threads=1)
+    first = copy.deepcopy(bench(["lora"], ["tiny-mlp"], dataclasses.replace(both, phases=("exact",))))
+    second = copy.deepcopy(bench(["lora"], ["tiny-mlp"], both, earlier=first))
+    third = bench(["lora"], ["tiny-mlp"], both, earlier=second)
+
+    assert here.phases == [["exact"], ["quality"]]
+    assert second["cells"][0]["exact"] == first["cells"][0]["exact"]
+    assert third["cells"] == second["cells"]
+    assert len(second["cells"][0]["quality"]["values"]) == 2
 
 
 def test_progress_says_what_is_left(here):

@@ -39,7 +39,9 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How each cell is measured. A cell of an earlier document is reused only if all of these are the same."""
+    """How each cell is measured. A cell of an earlier document is reused only if all of these are the same, but for the
+    phases, which may be fewer there.
+    """
 
     device: str = "cpu"
     phases: tuple[str, ...] = PHASES[:2]
@@ -99,7 +101,7 @@ def run(
     """Measure every entry on every workload, and return the document, which is also at `out` after each cell.
 
     `earlier` is a document whose finished cells are taken over, if settings, versions, machine and base model are the
-    same.
+    same. Of a cell that was measured in fewer phases, the other phases are added: times on a quiet machine, then quality.
     """
     return _Engine(entries, workloads, settings, out, command, earlier, tell).run()
 
@@ -151,19 +153,23 @@ class _Engine:
         facts.update({k: v for k, v in (described.get("facts") or {}).items() if k in facts})
         for entry, cell in zip(self.entries, cells, strict=True):
             reused = self._earlier(facts, cell)
+            missing = [phase for phase in self.settings.phases if _lacks(reused, phase, facts)]
             self._tell(cell, finished=None)
             if described["status"] != "ok":
                 cell.update(status="not run", error=described["error"])
-            elif reused is not None:
-                cell.update(reused)
             else:
-                self._measure(facts, entry, cell)
+                cell.update(reused or {})
+                if missing:
+                    self._measure(facts, entry, cell, missing)
             self.done += 1
             self._write()
-            self._tell(cell, finished=cell, reused=reused is not None)
+            self._tell(cell, finished=cell, reused=not missing)
 
-    def _measure(self, facts: Mapping[str, Any], entry: Entry, cell: dict[str, Any]) -> None:
-        job = {"workload": facts["name"], "method": entry.method, "fields": dict(entry.fields)}
+    def _measure(
+        self, facts: Mapping[str, Any], entry: Entry, cell: dict[str, Any], phases: Sequence[str]
+    ) -> None:
+        what = {"workload": facts["name"], "method": entry.method, "fields": dict(entry.fields)}
+        job = {**what, "phases": list(phases)}
         found = self._process(job)
         self.taken[facts["name"]].append(found["seconds"])
         for name in ("status", "error", "hyperparameters", "exact", "times", "quality"):
@@ -232,9 +238,19 @@ def _cell(workload: str, entry: Entry, origin: str) -> dict[str, Any]:
     }
 
 
+_SECTIONS = dict(zip(PHASES, ("exact", "times", "quality"), strict=True))
+
+
+def _lacks(cell: Mapping[str, Any] | None, phase: str, facts: Mapping[str, Any]) -> bool:
+    """Whether a finished cell has not been through a phase; on a workload without a task there is no quality."""
+    if cell is not None and phase == "quality" and facts["metric"] is None:
+        return False
+    return cell is None or cell[_SECTIONS[phase]] is None
+
+
 def _same_conditions(earlier: Mapping[str, Any], document: Mapping[str, Any]) -> bool:
     """Whether cells of the earlier document may stand beside new ones: settings, versions, machine, code."""
-    measured = [key for key in document["settings"] if key not in ("methods", "workloads", "timeout")]
+    measured = [key for key in document["settings"] if key not in ("methods", "workloads", "timeout", "phases", "quality")]
     where = ("machine", "threads", "gpu", "python", "torch", "torch_config", "packages", "git", "variables")
     return all(earlier["settings"].get(key) == document["settings"][key] for key in measured) and all(
         earlier["environment"][key] == document["environment"][key] for key in where

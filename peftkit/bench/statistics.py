@@ -29,7 +29,7 @@ def bootstrap_median(values: Sequence[float]) -> Interval:
     >>> bootstrap_median([1.0, 1.1, 0.9, 1.0, 1.05])
     Interval(middle=1.0, low=0.9, high=1.1)
     """
-    return _percentile(median(values), _medians(values, seed=0))
+    return _percentile(median(values), resampled_medians(values, seed=0))
 
 
 def pair_ratios(rows: Sequence[Sequence[float]]) -> list[float]:
@@ -54,7 +54,7 @@ def ratio_of_medians(values: Sequence[float], others: Sequence[float]) -> Interv
     >>> ratio_of_medians([2.0, 2.0, 2.0], [1.0, 1.0, 1.0])
     Interval(middle=2.0, low=2.0, high=2.0)
     """
-    ratios = [a / b for a, b in zip(_medians(values, seed=0), _medians(others, seed=1), strict=True)]
+    ratios = [a / b for a, b in zip(resampled_medians(values, seed=0), resampled_medians(others, seed=1), strict=True)]
     return _percentile(median(values) / median(others), ratios)
 
 
@@ -153,7 +153,7 @@ def _within(t: float, freedom: int) -> float:
     return 2 / math.pi * (angle + sine * total) if odd else sine * total
 
 
-def _medians(values: Sequence[float], seed: int) -> list[float]:
+def resampled_medians(values: Sequence[float], seed: int) -> list[float]:
     """The medians of as many resamples as the bootstrap takes."""
     generator = random.Random(seed)  # noqa: S311 - no cryptography: a resample that is the same in every run
     return [median(generator.choices(values, k=len(values))) for _ in range(RESAMPLES)]
