@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils import checkpoint
 
+from peftkit.composition import Running
 from peftkit.errors import StateError
 
 _REENTRANT = (checkpoint.CheckpointFunction.forward.__code__, checkpoint.CheckpointFunction.backward.__code__)
@@ -31,6 +33,9 @@ def check(layer: nn.Module, running: Any) -> None:
     around = _current()
     if around is None:
         return
+    needs = getattr(around, "needs_input_grad", None)  # reentrant ones alone have it
+    if needs is not None and not torch.is_grad_enabled() and not any(needs):
+        _note_cut_off(running)
     notes = getattr(around, _NOTES, None)
     if notes is None:
         notes = {}
@@ -39,6 +44,32 @@ def check(layer: nn.Module, running: Any) -> None:
         raise StateError(
             "gradient checkpointing runs this layer again with other adapters than in its forward; "
             "call backward() before the active adapters change (inside the `with` block of using, disabled or routed)"
+        )
+
+
+_cut_off: dict[int, weakref.ref[nn.Parameter]] = {}
+_hooks: list[Any] = []
+
+
+def _note_cut_off(running: Any) -> None:
+    """With reentry a checkpoint none of whose inputs requires a gradient gives none to what is inside. That is no fault
+    where none is wanted, which cannot be seen here; so the next optimizer step looks.
+    """
+    for group in (*running.groups, *running.outer) if isinstance(running, Running) else ():
+        _cut_off.update((id(p), weakref.ref(p)) for p in group.parameters() if p.requires_grad)
+    if _cut_off and not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_refuse_what_was_cut_off))
+
+
+def _refuse_what_was_cut_off(optimizer: Optimizer, *_: Any) -> None:
+    noted = [p for ref in _cut_off.values() if (p := ref()) is not None] if _cut_off else []
+    _cut_off.clear()
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]} if noted else set()
+    if any(id(p) in trained and p.grad is None for p in noted):
+        raise StateError(
+            "gradient checkpointing with use_reentrant=True gave adapters no gradient, because no input of the "
+            "checkpointed block requires one; use_reentrant=False works as it is, and so does "
+            "model.enable_input_require_grads() of transformers"
         )
 
 

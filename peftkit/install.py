@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peftkit import plugins
 from peftkit.adapter import Activation, Adapter, Shared, Site
+from peftkit.blocks import refuse_elsewhere
 from peftkit.composition import LAYER, Adapted, base_class, is_swapped, state_of
 from peftkit.errors import StateError, UnsupportedLayerError
 from peftkit.installed import (
@@ -77,6 +78,7 @@ def wrap(
     ['0.adapters.default.weight.down', '0.adapters.default.weight.up', '2.weight', '2.bias']
     """
     check_name(model, name)
+    refuse_elsewhere(inner(model), "wrap it again")
     with in_bulk():
         planned = plan(model, method, targets=targets, exclude=exclude, **hyperparameters)
         steps = observe(inner(model), planned.steps, data)
@@ -185,6 +187,8 @@ def unwrap(model: nn.Module, name: str | None = None) -> nn.Module:
     """
     known = unmerged(model, "unwrap")
     names = list(known.adapters) if name is None else [name]
+    if set(names) & set(known.active):
+        refuse_elsewhere(inner(model), "unwrap")
     for each in names:
         for placement in known.placements(each):
             if placement.adapter is None and placement.version != placement.in_place()._version:

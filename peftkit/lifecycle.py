@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from peftkit.blocks import block, refuse_elsewhere
 from peftkit.composition import RUNNING, is_swapped, running_in
 from peftkit.errors import StateError
-from peftkit.installed import Installed, installed, unmerged, write_record
+from peftkit.installed import Installed, inner, installed, record, unmerged, write_record
 from peftkit.method import Method
 from peftkit.running import set_running
 
@@ -31,6 +32,7 @@ def activate(model: nn.Module, *names: str) -> None:
     ['b']
     """
     known = unmerged(model, "activate other adapters")
+    refuse_elsewhere(inner(model), "activate other adapters")
     for i, name in enumerate(names):
         known.placements(name)
         if name in names[:i]:
@@ -65,8 +67,8 @@ def _switch(model: nn.Module, known: Installed, names: tuple[str, ...]) -> None:
 def using(model: nn.Module, *names: str) -> Iterator[nn.Module]:
     """`activate` for the length of a `with` block; what was active before is so again afterwards, whatever happens.
 
-    It acts on the model, and so on every thread that uses it. With gradient checkpointing, call `backward()` inside
-    the block.
+    It acts on the model, and so on every thread that uses it; while one thread is inside, `using` in another is a
+    `StateError`. With gradient checkpointing, call `backward()` inside the block.
 
     >>> import torch, peftkit
     >>> model = peftkit.wrap(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)), "lora")
@@ -74,12 +76,15 @@ def using(model: nn.Module, *names: str) -> Iterator[nn.Module]:
     ...     peftkit.summary(model).adapters[0].active
     False
     """
-    before = installed(model).active
-    activate(model, *names)
-    try:
-        yield model
-    finally:
-        _switch(model, installed(model), before)
+    with block(inner(model)):
+        before = installed(model).active
+        activate(model, *names)
+        try:
+            yield model
+        finally:
+            known = record(model)
+            if known is not None and not known.merged:  # merging inside holds beyond the block: it locks activation
+                _switch(model, known, tuple(name for name in before if name in known.adapters))
 
 
 @contextmanager

@@ -176,7 +176,7 @@ def check(path: Path, manifest: Any, seal: Any) -> None:
     """Refuse a manifest that was altered, comes from a later version, or is not made as this version makes it."""
     try:
         sealed = isinstance(manifest, dict) and digest(canonical(manifest)) == seal
-    except ValueError:  # a number or a text that JSON cannot hold
+    except (ValueError, RecursionError):  # a number, a text or a depth that JSON cannot hold
         sealed = False
     if not sealed:
         raise FormatError(f"{path} is damaged: its manifest is not what was saved")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapter import Activation, Adapter
+from peftkit.blocks import refuse_elsewhere
 from peftkit.composition import compose, is_swapped, state_of, steps_for
 from peftkit.errors import StateError, UnsupportedLayerError
 from peftkit.finite import find_not_finite
@@ -39,6 +40,7 @@ def merge(model: nn.Module, name: str | None = None, *, keep_base: bool = True, 
     ['0.weight', '0.bias', '1.weight', '1.bias']
     """
     known = unmerged(model, "merge again")
+    refuse_elsewhere(inner(model), "merge")
     names = _names_to_merge(known, name, keep_base=keep_base)
     root = inner(model)
     with in_bulk():
@@ -89,6 +91,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     known = installed(model)
     if not known.merged:
         raise StateError("nothing is merged; call peftkit.merge first")
+    refuse_elsewhere(inner(model), "unmerge")
     layers = known.layers(known.merged)
     values = [
         original.data.to(device=layer._parameters[weight].device, dtype=layer._parameters[weight].dtype)  # type: ignore[union-attr]

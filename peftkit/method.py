@@ -205,6 +205,15 @@ class Method(ABC):
             raise FieldError(f"{cls.name} needs its field {missing[0]!r}")
         return method
 
+    @classmethod
+    def upgraded(cls, fields: dict[str, Any], version: str) -> dict[str, Any]:  # noqa: ARG003 - until a field is added
+        """The fields of a file in terms of this version of the method; `version` is that of the package that wrote it.
+
+        Override it when a field is added, renamed or takes other values, so that older files keep their meaning:
+        `return {"gate": 1.0, **fields}` says what files without the field meant. A file is read as it is otherwise.
+        """
+        return fields
+
     def require(self, condition: bool, field: str, wants: str) -> None:  # noqa: FBT001 - reads as an assertion does
         """Raise a `FieldError` that names the field, what it must be and what it is, unless `condition` holds."""
         if not condition:

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftkit import manifests, plugins
-from peftkit.adapter import Activation, Adapter, Site
+from peftkit import gathering, manifests, plugins
+from peftkit.adapter import Activation, Adapter, Shared, Site
 from peftkit.errors import (
     BaseMismatchError,
     FieldError,
     FormatError,
     MethodError,
+    PeftkitError,
     UnsupportedLayerError,
     did_you_mean,
 )
@@ -21,7 +22,7 @@ from peftkit.install import build, holder_of
 from peftkit.installed import inner
 from peftkit.method import Method
 from peftkit.plan import State, shared_for, shared_states, shares
-from peftkit.resolve import module_site, modules_of, site_of
+from peftkit.resolve import module_site, modules_of
 
 
 class Place(NamedTuple):
@@ -60,7 +61,7 @@ def _find(entry: dict[str, Any], modules: Mapping[str, nn.Module]) -> tuple[Site
         raise BaseMismatchError(f"this model has no layer {path!r}, which the file adapts{did_you_mean(path, modules)}")
     name = _name(entry)
     try:
-        site = module_site(path, layer) if weight == "module" else site_of(path, layer, weight)
+        site = module_site(path, layer) if weight == "module" else gathering.site_at(path, layer, weight)
         here = manifests.base_facts(layer, weight)
     except (AttributeError, UnsupportedLayerError) as error:
         raise BaseMismatchError(f"the file adapts {name}, which this model does not have so: {error}") from error
@@ -77,7 +78,7 @@ def _name(entry: dict[str, Any]) -> str:
 
 
 def _check_values(entries: list[dict[str, Any]], weights: list[Tensor | None]) -> None:
-    for entry, here in zip(entries, manifests.samples(weights), strict=True):
+    for entry, here in zip(entries, gathering.samples(weights), strict=True):
         if here != entry["sample"] and not manifests.same_sample(entry["sample"], here):
             raise BaseMismatchError(
                 f"the file was made for another base: {_name(entry)} has the same shape but other values; "
@@ -89,7 +90,7 @@ def _method(entry: dict[str, Any], own: Mapping[str, type[Method]]) -> Method:
     """The method of a manifest's entry, among those installed: nothing is imported from what a file says."""
     try:
         found = own.get(entry["name"]) or plugins.method(entry["name"])
-        return found.from_fields(entry["fields"])
+        return found.from_fields(found.upgraded(entry["fields"], str(entry.get("version") or "")))
     except FieldError as error:
         raise FormatError(f"the file's method cannot be made by what is installed: {error}") from error
     except MethodError as error:
@@ -98,6 +99,8 @@ def _method(entry: dict[str, Any], own: Mapping[str, type[Method]]) -> Method:
         if not package:
             hint = "; no package offered it, so it is a class of somebody's own: load(..., methods=[ThatClass])"
         raise type(error)(f"{error}{hint}") from error
+    except Exception as error:  # a method that trusts its fields meets a file that lies
+        raise FormatError(f"the file's method {entry['name']!r} cannot have its fields: {error!r}") from error
 
 
 def rebuild(
@@ -117,7 +120,7 @@ def rebuild(
         used.update(_fill(path, name, state.module, first.device, tensors))
     for site, method, in_place in places:
         rehearsal = site.on_meta()
-        adapter = build(rehearsal, method, shared_for(states, method))
+        adapter = _made(path, rehearsal, method, shared_for(states, method))
         if rehearsal.unfrozen != in_place or (adapter is None) != in_place:
             raise FormatError(
                 f"{path}: {site.name} is {'' if in_place else 'not '}trained in place, which {method} contradicts"
@@ -133,6 +136,17 @@ def rebuild(
     if unexpected:
         raise FormatError(f"{path} holds {unexpected[0]!r}, which no site of it has a place for")
     return built, list(states.values())
+
+
+def _made(
+    path: str | os.PathLike[str], site: Site, method: Method, shared: Shared | None
+) -> Adapter | Activation | None:
+    try:
+        return build(site, method, shared)
+    except PeftkitError:
+        raise
+    except Exception as error:  # sizes that no tensor can have, say: they come from the file
+        raise FormatError(f"{path}: {method} cannot be made at {site.name}: {error}") from error
 
 
 def _fill(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from peftkit.adapter import Activation
+from peftkit.blocks import block
 from peftkit.composition import RUNNING, Routing, Running, base_class, is_swapped, running_in, state_of
 from peftkit.errors import StateError, UnsupportedLayerError
 from peftkit.grouped import Grouped, grouped
@@ -71,7 +72,7 @@ def routed(model: nn.Module, names: Sequence[str | None], *, dim: int = 0, split
                 "use Full(keep_base=True)"
             )
     own = tuple(names)
-    with _split(model, own, dim) if split else _routed(model, known, own, chosen, dim):
+    with block(inner(model)), _split(model, own, dim) if split else _routed(model, known, own, chosen, dim):
         yield model
 
 

@@ -49,10 +49,10 @@ def swap(layer: nn.Module, state: Adapted) -> None:
     or to read.
     """
     own: Adapted | None = layer.__dict__.get(LAYER)
+    layer.__dict__.setdefault(RUNNING, None)
+    layer.__dict__[LAYER] = state  # ahead of the class, whose forward another thread may call at once
     if own is None or own.kinds.keys() != state.kinds.keys() or own.lists != state.lists:
         layer.__class__ = adapted_class(state.base, state.kinds, state.lists.items())
-    layer.__dict__[LAYER] = state
-    layer.__dict__.setdefault(RUNNING, None)
     if own is None:
         _take_over_instance_forward(layer)
 

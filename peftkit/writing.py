@@ -6,6 +6,7 @@ By that library it takes several times as long where the tensors are thousands a
 import contextlib
 import json
 import os
+import re
 import secrets
 import struct
 import sys
@@ -17,6 +18,11 @@ from torch import Tensor
 
 from peftkit.errors import FileError
 from peftkit.manifests import DTYPES, data_of
+
+try:
+    import fcntl
+except ImportError:  # Windows, where an open file cannot be removed anyway
+    fcntl = None  # type: ignore[assignment]
 
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -58,11 +64,13 @@ def replace(path: Path, parts: Iterable[Any]) -> None:
         raise FileError(f"cannot write {path}: it names no file")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
+        _remove_leftovers(path)
         with open(temporary, "xb") as file:  # noqa: PTH123 - mode "x": the umask sets the file's mode
+            _lock(file.fileno())
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)  # noqa: PTH105
+            os.replace(temporary, path)  # noqa: PTH105 - while it is locked, for nobody to take it for a leftover
         _sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -70,6 +78,26 @@ def replace(path: Path, parts: Iterable[Any]) -> None:
         if isinstance(error, OSError):
             raise FileError(f"cannot write {path}: {error.strerror or error}") from error
         raise
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove temporary files of this name that no process holds any more: saves that were killed left them."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.tmp")
+    for name in filter(pattern.fullmatch, os.listdir(path.parent)):  # noqa: PTH208
+        with contextlib.suppress(OSError), open(path.with_name(name), "rb") as file:  # noqa: PTH123
+            if _lock(file.fileno()):
+                path.with_name(name).unlink()
+
+
+def _lock(descriptor: int) -> bool:
+    """Hold a file until it is closed; whether nobody else did. False, too, where there are no such locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

@@ -102,6 +102,19 @@ def merged():
     return peftkit.merge(wrapped())
 
 
+def two():
+    model = make_model()
+    for name in ("a", "b"):
+        peftkit.wrap(model, "lora", targets="{0,2}", init="gaussian", rank=2, name=name)
+    return model
+
+
+def idle():
+    model = two()
+    peftkit.activate(model)
+    return model
+
+
 def state_of(model):
     """Everything that an operation could change: classes, attributes, registers, flags, identities and values."""
     modules = [
@@ -143,6 +156,8 @@ OPERATIONS = {
     "unmerge": (merged, lambda model, _: peftkit.unmerge(model)),
     "activate": (wrapped, lambda model, _: peftkit.activate(model, "b", "a")),
     "load": (make_model, lambda model, file: peftkit.load(model, file)),
+    "load another": (idle, lambda model, file: peftkit.load(model, file, name="c")),
+    "combine": (two, lambda model, _: peftkit.combine(model, {"a": 0.5, "b": 2.0}, name="c")),
 }
 
 
@@ -175,8 +190,11 @@ def run_until(line, operation, model, file):
     return seen
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_an_exception_at_any_line_leaves_the_model_untouched(name, file):
+@pytest.mark.parametrize(
+    ("name", "every"),
+    [(name, False) for name in OPERATIONS] + [pytest.param(n, True, marks=pytest.mark.slow) for n in OPERATIONS],
+)
+def test_an_exception_at_any_line_leaves_the_model_untouched(name, every, file):
     """Wherever an operation fails, all through it and at each line of its end, the model is bit for bit what it was."""
     make, operation = OPERATIONS[name]
     alive = make()
@@ -185,7 +203,7 @@ def test_an_exception_at_any_line_leaves_the_model_untouched(name, file):
     assert lines > 50
     model = make()
     before = state_of(model)
-    step = max(1, lines // 400)
+    step = 1 if every else max(1, lines // 400)
     for line in {*range(1, lines + 1, step), *range(max(1, lines - 150), lines + 1)}:
         with pytest.raises(Planted):
             run_until(line, operation, model, file)

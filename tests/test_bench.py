@@ -450,6 +450,10 @@ def test_an_interrupted_run_resumes(here, tmp_path):
     refused = CliRunner().invoke(app, arguments)
     assert (refused.exit_code, documents.read("bench.json")) == (2, left)
     assert "--resume" in refused.stderr
+    here.interrupt_at = 1
+    CliRunner().invoke(app, [*arguments, "--resume"])  # a second interrupt, before anything new
+    assert documents.read("bench.json")["cells"] == left["cells"]
+    here.interrupt_at = None
     resumed = CliRunner().invoke(app, [*arguments, "--resume"])
     assert resumed.exit_code == 0, resumed.output
     assert "frozen: ok (taken over)" in resumed.stderr

@@ -32,7 +32,14 @@ SHOWN = {
         ),
     ),
     "logistic_regression.py": ((), ("the base answers exactly as before: True",)),
+    "trainer_minilm.py": (
+        ("transformers", "accelerate"),
+        ("files with weights of the base in the checkpoint: 0", "the same on a fresh base: True"),
+    ),
+    "trainer_smollm2.py": (("transformers", "accelerate", "gguf"), ("resumed half-way, identical: True",)),
 }
+SLOW = {"trainer_minilm.py", "trainer_smollm2.py"}
+"""Those with real weights, which they fetch from the package index."""
 
 
 def test_every_example_is_listed():
@@ -40,7 +47,7 @@ def test_every_example_is_listed():
     assert {path.name for path in EXAMPLES.glob("*.py")} == SHOWN.keys()
 
 
-@pytest.mark.parametrize("script", SHOWN)
+@pytest.mark.parametrize("script", [pytest.param(s, marks=pytest.mark.slow if s in SLOW else ()) for s in SHOWN])
 def test_example(script, tmp_path):
     """A script runs from any folder, without a warning and without a network, and prints what it is there to show."""
     needed, lines = SHOWN[script]
@@ -53,7 +60,7 @@ def test_example(script, tmp_path):
         env=environment,
         capture_output=True,
         encoding="utf-8",
-        timeout=300,
+        timeout=600 if script in SLOW else 300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

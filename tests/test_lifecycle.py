@@ -46,6 +46,36 @@ def states(model):
     return {a.name: (a.active, a.trainable > 0, a.merged) for a in peftkit.summary(model).adapters}
 
 
+def test_what_is_unwrapped_or_merged_inside_a_block_stays_so():
+    """The end of the block brings back what is still there, and no adapter twice."""
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+
+    def two():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+        for name in ("a", "b"):
+            model = peftkit.wrap(model, peftkit.LoRA(rank=2, init="orthogonal"), targets="**", name=name)
+            with torch.no_grad():
+                for tensor in peftkit.state_dict(model, name).values():
+                    tensor.add_(0.1)
+        return model
+
+    model = two()
+    with peftkit.disabled(model):
+        peftkit.unwrap(model, "a")
+    assert [adapter.name for adapter in peftkit.summary(model).adapters if adapter.active] == ["b"]
+    with peftkit.disabled(model):
+        peftkit.unwrap(model)
+    assert not any("adapters" in name for name, _ in model.named_modules())
+
+    model = two()
+    with torch.no_grad(), peftkit.using(model, "a"):
+        expected = model(x)
+        peftkit.merge(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+
+
 def test_three_facts(model):
     """Each of the three changes without the other two."""
     assert states(model) == {"a": (True, True, False), "b": (True, True, False)}

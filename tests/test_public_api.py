@@ -22,20 +22,21 @@ DOCS = REPOSITORY / "docs"
 
 # Imports only point up this list: a module may import those before it.
 ORDER = [
-    "errors", "discovery", "globs", "selectors", "roles", "tables", "hookspecs", "kernels", "products", "layers.kind", "layers.attention", "layers.conv", "layers.embedding",
+    "errors", "blocks", "discovery", "globs", "selectors", "roles", "tables", "hookspecs", "kernels", "products", "layers.kind", "layers.attention", "layers.conv", "layers.embedding",
     "layers.linear", "layers.recurrent",
     "layers", "adapter", "method", "rehearsal", "workload", "loading", "plugins", "readers", "recipe", "finite", "composition", "checkpoints", "running", "swap", "installed",
-    "observing", "stepping", "resolve", "plan", "install", "combining", "lifecycle", "stacks", "grouped", "routing", "merging",
-    "drift", "verifying", "summary", "bookkeeping", "accumulation", "whereabouts", "workspaces", "memory", "dry_kernels", "dry_autocast", "dry_run", "estimating", "fitting", "manifests", "reading", "restoring", "writing",
+    "observing", "stepping", "sharding", "resolve", "plan", "install", "combining", "lifecycle", "stacks", "grouped", "routing", "merging",
+    "drift", "verifying", "summary", "bookkeeping", "accumulation", "whereabouts", "workspaces", "memory", "dry_kernels", "dry_autocast", "dry_run", "estimating", "fitting", "manifests", "gathering", "reading", "restoring", "writing",
     "formats.layouts", "formats.matching", "formats.declared", "formats.folders", "formats.places", "formats.from_folder",
-    "formats.parts", "formats.servable", "formats.to_folder", "formats", "files", "methods", "methods.frozen", "methods.full", "methods.lora",
+    "formats.parts", "formats.servable", "formats.to_folder", "formats.tensorfiles", "formats.lowrank", "formats.kohya", "formats.loralib",
+    "formats.diffusers", "formats.mlx", "formats.ggufs", "formats.gguf", "formats.interchange", "formats.skeleton", "formats", "files", "distributed", "trainer", "methods", "methods.frozen", "methods.full", "methods.lora",
     "workloads", "workloads.needs", "workloads.assets", "workloads.synthetic", "workloads.digits", "workloads.pitch", "workloads.voices", "workloads.text",
     "bench", "bench.statistics", "bench.document", "bench.derived", "bench.flops", "bench.subject", "bench.exact", "bench.timing",
     "bench.quality", "bench.worker", "bench.process", "bench.environment", "bench.engine", "bench.compare", "bench.report.columns", "bench.report.ties", "bench.report.view", "bench.report.words",
     "bench.report.plots", "bench.report.page", "bench.report.text", "bench.report",
     "testing.parity", "testing.cases", "testing.subject", "testing.declaring", "testing.wrapping", "testing.training", "testing.keeping",
     "testing.undoing", "testing.defining", "testing.surviving", "testing.kit", "testing",
-    "cli.output", "cli.fields", "cli.traits", "cli.listing", "cli.models", "cli.planning", "cli.estimating", "cli.checking", "cli.new", "cli.reporting", "cli.benching", "cli.app", "cli", "__main__",
+    "cli.output", "cli.fields", "cli.traits", "cli.listing", "cli.models", "cli.planning", "cli.estimating", "cli.checking", "cli.converting", "cli.inspecting", "cli.new", "cli.reporting", "cli.benching", "cli.app", "cli", "__main__",
 ]  # fmt: skip
 
 PUBLIC = [getattr(peftkit, name) for name in peftkit.__all__ if hasattr(getattr(peftkit, name), "__qualname__")]

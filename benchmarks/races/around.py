@@ -27,7 +27,7 @@ def importing(package: str) -> Side:
 
     def run() -> float:
         # The command is made of constants, and runs without a shell.
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
+        done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
         return float(done.stdout)
 
     return Side(run=run)

@@ -101,7 +101,7 @@ def run(
     """Measure every entry on every workload, and return the document, which is also at `out` after each cell.
 
     `earlier` is a document whose finished cells are taken over, if settings, versions, machine and base model are the
-    same. Of a cell that was measured in fewer phases, the other phases are added: times on a quiet machine, then quality.
+    same. Of a cell that was measured in fewer phases, the others are added: times on a quiet machine, then quality.
     """
     return _Engine(entries, workloads, settings, out, command, earlier, tell).run()
 
@@ -136,6 +136,7 @@ class _Engine:
         }
         self.job = {**settings.as_json(), "threads": threads}
         self.earlier = earlier if earlier is not None and _same_conditions(earlier, self.document) else None
+        self._keep_earlier()
         self.taken: dict[str, list[float]] = {name: [] for name in workloads}
         self.done = 0
 
@@ -145,6 +146,17 @@ class _Engine:
             cells = [cell for cell in self.document["cells"] if cell["workload"] == entry["name"]]
             self._workload(entry, cells)
         return self.document
+
+    def _keep_earlier(self) -> None:
+        """What an earlier document has stays in this one till its turn comes: an interrupt loses nothing."""
+        if self.earlier is None:
+            return
+        workloads = {entry["name"]: entry for entry in self.earlier["workloads"]}
+        for entry in self.document["workloads"]:
+            entry.update(workloads.get(entry["name"], {}))
+        cells = {_identity(cell): cell for cell in self.earlier["cells"]}
+        for cell in self.document["cells"]:
+            cell.update(cells.get(_identity(cell), {}))
 
     def _workload(self, facts: dict[str, Any], cells: Sequence[dict[str, Any]]) -> None:
         """Describe a workload, then measure its cells; all of them are "not run" where it cannot be had."""
@@ -158,16 +170,14 @@ class _Engine:
             if described["status"] != "ok":
                 cell.update(status="not run", error=described["error"])
             else:
-                cell.update(reused or {})
+                cell.update(_empty() if reused is None else reused)
                 if missing:
                     self._measure(facts, entry, cell, missing)
             self.done += 1
             self._write()
             self._tell(cell, finished=cell, reused=not missing)
 
-    def _measure(
-        self, facts: Mapping[str, Any], entry: Entry, cell: dict[str, Any], phases: Sequence[str]
-    ) -> None:
+    def _measure(self, facts: Mapping[str, Any], entry: Entry, cell: dict[str, Any], phases: Sequence[str]) -> None:
         what = {"workload": facts["name"], "method": entry.method, "fields": dict(entry.fields)}
         job = {**what, "phases": list(phases)}
         found = self._process(job)
@@ -193,8 +203,7 @@ class _Engine:
         same = [w for w in self.earlier["workloads"] if w["name"] == facts["name"]]
         if not same or any(same[0][key] != facts[key] for key in ("origin", "fingerprint", "data", "per_step")):
             return None
-        keys = ("workload", "label", "method", "origin")
-        found = [c for c in self.earlier["cells"] if all(c[key] == cell[key] for key in keys) and c["status"] == "ok"]
+        found = [c for c in self.earlier["cells"] if _identity(c) == _identity(cell) and c["status"] == "ok"]
         return found[0] if found else None
 
     def _tell(self, cell: Mapping[str, Any], *, finished: Mapping[str, Any] | None, reused: bool = False) -> None:
@@ -229,13 +238,19 @@ def _cell(workload: str, entry: Entry, origin: str) -> dict[str, Any]:
         "label": entry.label,
         "hyperparameters": dict(entry.fields),
         "origin": origin,
-        "status": "not run",
-        "error": {"phase": "", "type": "", "message": "the run has not come to it; go on with --resume"},
-        "exact": None,
-        "times": None,
-        "derived": None,
-        "quality": None,
+        **_empty(),
     }
+
+
+def _empty() -> dict[str, Any]:
+    """What a cell is before it has been measured."""
+    error = {"phase": "", "type": "", "message": "the run has not come to it; go on with --resume"}
+    return {"status": "not run", "error": error, "exact": None, "times": None, "derived": None, "quality": None}
+
+
+def _identity(cell: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a cell is about."""
+    return tuple(cell[key] for key in ("workload", "label", "method", "origin"))
 
 
 _SECTIONS = dict(zip(PHASES, ("exact", "times", "quality"), strict=True))
@@ -250,7 +265,9 @@ def _lacks(cell: Mapping[str, Any] | None, phase: str, facts: Mapping[str, Any])
 
 def _same_conditions(earlier: Mapping[str, Any], document: Mapping[str, Any]) -> bool:
     """Whether cells of the earlier document may stand beside new ones: settings, versions, machine, code."""
-    measured = [key for key in document["settings"] if key not in ("methods", "workloads", "timeout", "phases", "quality")]
+    measured = [
+        key for key in document["settings"] if key not in ("methods", "workloads", "timeout", "phases", "quality")
+    ]
     where = ("machine", "threads", "gpu", "python", "torch", "torch_config", "packages", "git", "variables")
     return all(earlier["settings"].get(key) == document["settings"][key] for key in measured) and all(
         earlier["environment"][key] == document["environment"][key] for key in where

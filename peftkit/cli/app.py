@@ -8,7 +8,9 @@ from typer.core import TyperGroup
 from peftkit import __version__
 from peftkit.cli.benching import bench
 from peftkit.cli.checking import check
+from peftkit.cli.converting import convert
 from peftkit.cli.estimating import estimate
+from peftkit.cli.inspecting import inspect
 from peftkit.cli.listing import methods, plugins
 from peftkit.cli.new import new
 from peftkit.cli.output import Refusal
@@ -56,6 +58,6 @@ def _options(
     """Parameter-efficient fine-tuning, with methods as plugins."""
 
 
-for command in (methods, plugins, plan, estimate, check, new):
+for command in (methods, plugins, plan, estimate, inspect, convert, check, new):
     app.command()(command)
 app.add_typer(bench, name="bench")

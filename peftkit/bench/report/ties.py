@@ -51,7 +51,9 @@ def exact(values: Mapping[str, float]) -> Sign:
 def times(samples: Mapping[str, Sequence[float]]) -> Sign:
     """Times, or ratios of them, of which less is better: by the bootstrap interval of the ratio of their medians."""
     drawn = {
-        label: statistics.resampled_medians(values, seed=index)  # each its own draws: the methods were measured independently
+        label: statistics.resampled_medians(
+            values, seed=index
+        )  # each its own draws: the methods were measured independently
         for index, (label, values) in enumerate(samples.items())
         if len(values) >= FEWEST
     }
