@@ -293,8 +293,9 @@ def test_fsdp_and_tied_weights(alone):
     tokens, rules = torch.tensor([[0, 3, 3]]), {"embed": peftkit.LoRA(rank=2), "block.fc": peftkit.LoRA(rank=2)}
     made = [stirred(peftkit.wrap(seeded(Tied), rules)) for _ in range(3)]
     fully_shard(made[0].embed, mesh=alone)
+    fully_shard(made[0], mesh=alone)
     with pytest.raises(ValueError, match="shared with a parameter already managed"):
-        fully_shard(made[0], mesh=alone)
+        made[0](tokens)
     fully_shard(made[1].block, mesh=alone)
     fully_shard(made[1], mesh=alone)
     for model in made[1:]:

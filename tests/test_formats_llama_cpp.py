@@ -130,5 +130,4 @@ def test_a_published_model_packed_in_4_bits_runs_with_an_adapter(tmp_path):
     peftkit.save(model, tmp_path / "adapter.gguf", format="gguf")
     effect = ours(model) - before
     there = theirs(base, tmp_path / "adapter.gguf", words) - theirs(base, words=words)
-    print("X", (there - effect).norm() / effect.norm(), effect.norm() / before.norm(), (theirs(base, words=words) - before).norm() / before.norm())
     assert (there - effect).norm() < 0.2 * effect.norm()
