@@ -191,7 +191,7 @@ def load(
         name: the adapter's name; by default the one that it was saved under (other formats have none: "default").
         trainable: whether it can be trained further.
         check_base: compare a few values of every adapted base weight with those that the file remembers.
-        check_finite: refuse infinite values and NaN, which one step of training on top of them would spread.
+        check_finite: refuse infinite values and NaN in a file of our own; in other formats they always are refused.
         methods: classes of your own that no installed package offers, to be found by their names.
         part: which model's names to read, of a file of kohya's or diffusers' that holds several: `"lora_te"`, say.
         alpha: that of a file of loralib's, which does not say it; the scale is alpha / rank.

@@ -1,14 +1,15 @@
 """Finds the places of a file's adapter in a model, and makes the adapter with the file's values. Changes nothing."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from peftkit import gathering, manifests, plugins
-from peftkit.adapter import Activation, Adapter, Shared, Site
+from peftkit.adapter import Activation, Adapter, Site
 from peftkit.errors import (
     BaseMismatchError,
     FieldError,
@@ -113,14 +114,16 @@ def rebuild(
     """
     built: list[tuple[Site, Method, Adapter | Activation | None]] = []
     used: set[str] = set()
-    states = shared_states([(place.site.on_meta(), place.method) for place in places if shares(place.method)])
+    with made_from(path, "what its sites share"):
+        states = shared_states([(place.site.on_meta(), place.method) for place in places if shares(place.method)])
     for number, (key, state) in enumerate(states.items()):
         first = next(place.site for place in places if place.method.key == key)
         name = f"{holder_of(root, first)[0]}.shared-{number}".removeprefix(".")
         used.update(_fill(path, name, state.module, first.device, tensors))
     for site, method, in_place in places:
         rehearsal = site.on_meta()
-        adapter = _made(path, rehearsal, method, shared_for(states, method))
+        with made_from(path, f"{method} at {site.name}"):
+            adapter = build(rehearsal, method, shared_for(states, method))
         if rehearsal.unfrozen != in_place or (adapter is None) != in_place:
             raise FormatError(
                 f"{path}: {site.name} is {'' if in_place else 'not '}trained in place, which {method} contradicts"
@@ -138,15 +141,15 @@ def rebuild(
     return built, list(states.values())
 
 
-def _made(
-    path: str | os.PathLike[str], site: Site, method: Method, shared: Shared | None
-) -> Adapter | Activation | None:
+@contextmanager
+def made_from(path: str | os.PathLike[str], what: object) -> Iterator[None]:
+    """Where adapters are made from what a file says: sizes that no tensor can have are the file's fault."""
     try:
-        return build(site, method, shared)
+        yield
     except PeftkitError:
         raise
-    except Exception as error:  # sizes that no tensor can have, say: they come from the file
-        raise FormatError(f"{path}: {method} cannot be made at {site.name}: {error}") from error
+    except Exception as error:
+        raise FormatError(f"{path}: {what} cannot be made: {str(error).partition(chr(10))[0]}") from error
 
 
 def _fill(

@@ -4,6 +4,7 @@ By that library it takes several times as long where the tensors are thousands a
 """
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -19,10 +20,8 @@ from torch import Tensor
 from peftkit.errors import FileError
 from peftkit.manifests import DTYPES, data_of
 
-try:
-    import fcntl
-except ImportError:  # Windows, where an open file cannot be removed anyway
-    fcntl = None  # type: ignore[assignment]
+fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
+"""Locks. Windows has others, and there an open file cannot be removed anyway."""
 
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

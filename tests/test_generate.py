@@ -88,7 +88,16 @@ SEARCHES = {
     "beam groups of sequences": {"num_beams": 3, "num_return_sequences": 2},
     "sampled": {"do_sample": True, "top_k": 5},
 }
-every_search = pytest.mark.parametrize("search", SEARCHES)
+SLOW = {"no cache", "sampled"}
+"""Variants of what others show."""
+
+
+def searches(names):
+    marks = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in names]
+    return pytest.mark.parametrize("search", marks)
+
+
+every_search = searches(SEARCHES)
 
 
 def searched(model, search, **options):
@@ -149,7 +158,7 @@ def only(name, adapter):
     return peftkit.merge(model, keep_base=False)
 
 
-@pytest.mark.parametrize("search", ["cache", "no cache", "beams", "beam groups of sequences"])
+@searches(["cache", "no cache", "beams", "beam groups of sequences"])
 @every_model
 def test_routed(name, search):
     """Under `routed` each prompt of a batch gets its own adapter's tokens: greedily, and with beams."""

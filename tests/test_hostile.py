@@ -545,3 +545,74 @@ def test_a_pickle_is_never_read(tmp_path):
             peftkit.load(base(), path)
     assert not Path("exploded").exists()
     assert not (tmp_path / "exploded").exists()
+
+
+# ------------------------------------------------------------------------------------- folders and other formats
+
+FORMATS = {"hf": 4000, "kohya": 2000, "diffusers": 2000, "loralib": 2000, "mlx": 2000}
+
+
+class Attacked:
+    """What a save in another format wrote: files of JSON and of safetensors, to be worked on like ours."""
+
+    def __init__(self, folder, format_):
+        model = peftkit.wrap(base(), peftkit.LoRA(rank=2), targets="{0,1,3}")
+        with torch.no_grad():
+            for tensor in peftkit.state_dict(model).values():
+                tensor.add_(0.1)
+        self.path = Path(folder) / ("adapter" if format_ in ("hf", "mlx") else "adapter.safetensors")
+        peftkit.save(model, self.path, format=format_)
+        files = sorted(self.path.iterdir()) if self.path.is_dir() else [self.path]
+        self.files = {file: file.read_bytes() for file in files}
+
+    def attack(self, chance):
+        """Work on one file; the others are as they were."""
+        for file, raw in self.files.items():
+            file.write_bytes(raw)
+        file = chance.choice(list(self.files))
+        raw = self.files[file]
+        if file.suffix == ".json":
+            text = raw.decode()
+            new = _edited(text, _tokens(text), chance).encode("utf-8", "surrogatepass")
+        elif chance.random() < 0.5:
+            (length,) = struct.unpack("<Q", raw[:8])
+            head = raw[8 : 8 + length].decode()
+            new = assembled(_edited(head, _tokens(head), chance), raw[8 + length :])
+        else:
+            begin = chance.randrange(len(raw))
+            new = raw[:begin] + chance.choice((b"", bytes([raw[begin] ^ 1 << chance.randrange(8)]))) + raw[begin + 1 :]
+        file.write_bytes(new)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_other_formats_are_read_by_the_same_rules(format_, audit, quick):
+    """Whatever is done to their files: one tree of errors, nothing run or written, and the model as it was."""
+    attacked, model = Attacked(quick, format_), base()
+    before = state_of(model)
+
+    def load(about):
+        try:
+            with watched():
+                peftkit.load(model, attacked.path)
+        except errors.PeftkitError:
+            assert state_of(model) == before, about
+            return False
+        except Exception as error:
+            raise AssertionError(f"{about}: {type(error).__name__}: {error}") from error
+        for p in peftkit.state_dict(model).values():
+            assert p.isfinite().all(), about
+        peftkit.unwrap(model)
+        assert state_of(model) == before, about
+        return True
+
+    assert load("as it was written")
+    for seed in range(20):
+        attacked.attack(random.Random(-1 - seed))
+        load(f"warm-up {seed}")
+    audit.clear()
+    refused = 0
+    for seed in range(FORMATS[format_]):
+        attacked.attack(random.Random(seed))
+        refused += not load(f"seed {seed}")
+        assert not audit, f"seed {seed}: {audit[:5]}"
+    assert refused > FORMATS[format_] / 10

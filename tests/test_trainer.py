@@ -455,6 +455,7 @@ def test_quantised_base(tmp_path):
     assert "_hf_peft_config_loaded" not in models[1].__dict__
 
 
+@pytest.mark.slow
 def test_other_trainers(tmp_path):
     """`AdapterCheckpoints` does the same for another Trainer class: one that generates, on an encoder-decoder."""
 
@@ -497,6 +498,7 @@ CHOSEN = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_transformers_own_trainer(tmp_path):
     """transformers' own Trainer trains a wrapped model as well: its checkpoints hold the whole model, and resume."""
     name, rules = RULES["dropout"]

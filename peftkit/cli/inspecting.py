@@ -106,6 +106,15 @@ def _of_products(file: Path, form: str, part: str | None, alpha: float | None) -
     for product in found:
         shape = [product.up.shape[0], product.down.shape[1]]
         scale = None if unknown else product.scale
+        if product.up.shape[1] != product.rank and form == "loralib":  # parts with factors of their own, in one matrix
+            wrong = _not_finite({"up": product.up, "down": product.down})
+            yield Row(product.path, "merged", None, product.up.shape[1], None, None, None, None, wrong)
+            continue
+        if product.up.shape[1] != product.rank:
+            raise FormatError(
+                f"{file}: the factors for {product.path!r} do not fit each other: {list(product.up.shape)} and "
+                f"{list(product.down.shape)}"
+            )
         yield _row(product.path, "low-rank", shape, product.up, product.down, scale, {})
 
 

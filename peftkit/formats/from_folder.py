@@ -25,7 +25,7 @@ from peftkit.installed import inner
 from peftkit.method import HuggingFace, Method
 from peftkit.plan import plan, shared_for, shared_states, shares
 from peftkit.resolve import modules_of, site_of
-from peftkit.restoring import Place
+from peftkit.restoring import Place, made_from
 
 INSIDE = {TOKENS: "token_adapter."}
 """What stands before a part's tensors."""
@@ -129,7 +129,8 @@ class _Reader:
 
     def take(self, hf: HuggingFace, steps: list[Step]) -> None:
         """The tensors of the adapters at these sites, and of what they share."""
-        states = shared_states([(site.on_meta(), method) for site, method in steps if shares(method)])
+        with made_from(self.folder, "what its sites share"):
+            states = shared_states([(site.on_meta(), method) for site, method in steps if shares(method)])
         for number, (shared, state) in enumerate(states.items()):
             first = next(site for site, method in steps if method.key == shared)
             name = f"{holder_of(self.root, first)[0]}.shared-{number}".removeprefix(".")
@@ -137,7 +138,8 @@ class _Reader:
                 its = hf.prefix + hf.shared[each] if each in hf.shared else None
                 self._take_one(f"{name}.{each}", its, tensor, None, first, hf)
         for site, method in steps:
-            adapter = build(site.on_meta(), method, shared_for(states, method))
+            with made_from(self.folder, f"{method} at {site.name}"):
+                adapter = build(site.on_meta(), method, shared_for(states, method))
             self.places.append(Place(site, method, in_place=False))
             for name, tensor in (adapter.state_dict() if adapter is not None else {}).items():
                 there = key_of(self.model.wrapped, hf, site, name)
