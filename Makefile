@@ -72,4 +72,5 @@ $(VENV)/.builder: constraints.txt | $(VENV)/.created
 $(VENV)/.dependencies: pyproject.toml constraints.txt | $(VENV)/.builder
 	@$(MAKE) --no-print-directory dist
 	$(PIP) install -c constraints.txt "$$(ls $(DIST)/peftkit-*.whl)[dev]"
+	@$(PIP) install -c constraints.txt "$$(ls $(DIST)/peftkit-*.whl)[consumers]" || echo "mlx or llama.cpp has no wheel for this system: their tests will be skipped"
 	@touch $@

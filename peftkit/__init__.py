@@ -6,7 +6,7 @@
     ...                                              # train as ever
     peftkit.save(model, "adapter.safetensors")
 
-Everything public is here, in `peftkit.errors`, in `peftkit.layers`, and in `peftkit.memory`.
+Everything public is here, and in `peftkit.errors`, `layers`, `memory`, `trainer` and `distributed`.
 """
 
 import importlib

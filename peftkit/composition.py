@@ -131,6 +131,8 @@ def adapted_parameter(layer: nn.Module, name: str, running: Running | Routing | 
     make = functools.partial(compose, layer, name, raw, steps, dropping=True)
     if not recipe.wanted(raw.numel() * raw.element_size()) or any(_drops(adapter) for adapter, _ in steps):
         return make()  # what dropout draws could not be made again
+    if hasattr(raw, "ds_id"):
+        return make()  # under ZeRO-3 an adapter's tensors are at hand in its own forward alone
     # What is there now, under its present data: the model may be another by the time that backward asks.
     held = [{n: _alias(t) for n, t in _tensors(adapter)} for adapter, _ in steps]
     base = _alias(raw)

@@ -38,6 +38,7 @@ from peftkit.readers import find_readers
 from peftkit.resolve import kind_for, modules_of
 from peftkit.running import set_running
 from peftkit.selectors import Selector
+from peftkit.sharding import reshard
 from peftkit.stepping import Watch, follows_steps
 from peftkit.swap import swap, unswap
 
@@ -79,6 +80,7 @@ def wrap(
     """
     check_name(model, name)
     refuse_elsewhere(inner(model), "wrap it again")
+    reshard(inner(model))
     with in_bulk():
         planned = plan(model, method, targets=targets, exclude=exclude, **hyperparameters)
         steps = observe(inner(model), planned.steps, data)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ContextDecorator
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from peftkit import plugins
@@ -147,6 +148,15 @@ class Adapters(nn.ModuleDict):
     def __init__(self) -> None:
         super().__init__()
         self.register_load_state_dict_pre_hook(_keep_own_values)  # type: ignore[no-untyped-call]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:  # noqa: FBT001, FBT002 - torch's own signature
+        """Out of the meta device come tensors without values: NaN, for whatever was in memory there to be seen."""
+        absent = {name for name, t in self.state_dict().items() if t.is_meta}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, t in self.state_dict().items() if absent else ():
+            if name in absent and not t.is_meta and t.is_floating_point():
+                t.fill_(torch.nan)
+        return self
 
     def forward(self, x: Any) -> Any:
         """Nothing: an adapted `nn.Sequential` calls its members in turn, and this is one of them."""

@@ -13,6 +13,7 @@ from peftkit.errors import StateError
 from peftkit.installed import Installed, inner, installed, record, unmerged, write_record
 from peftkit.method import Method
 from peftkit.running import set_running
+from peftkit.sharding import reshard
 
 
 def activate(model: nn.Module, *names: str) -> None:
@@ -116,6 +117,7 @@ def set_trainable(model: nn.Module, *names: str) -> None:
     False
     """
     known = installed(model)
+    reshard(inner(model))
     chosen = {name: known.placements(name) for name in names}
     for name, placements in known.adapters.items():
         for placement in placements:

@@ -15,6 +15,7 @@ from peftkit.install import remove
 from peftkit.installed import Installed, atomically, in_bulk, inner, installed, unmerged, write_record
 from peftkit.resolve import modules_of
 from peftkit.running import set_running
+from peftkit.sharding import is_sharded, reshard
 
 
 def merge(model: nn.Module, name: str | None = None, *, keep_base: bool = True, untie: bool = False) -> nn.Module:
@@ -43,6 +44,7 @@ def merge(model: nn.Module, name: str | None = None, *, keep_base: bool = True, 
     refuse_elsewhere(inner(model), "merge")
     names = _names_to_merge(known, name, keep_base=keep_base)
     root = inner(model)
+    reshard(root)
     with in_bulk():
         folded = _fold(root, known, names, untie=untie)
     layers = known.layers(names)
@@ -177,6 +179,11 @@ def _merged(path: str, layer: nn.Module, weight: str, steps: list[tuple[Adapter,
         raise UnsupportedLayerError(
             f"{path}.{weight} is computed by a parametrization, so there is no weight to merge into; "
             "remove the parametrization before wrapping"
+        )
+    if is_sharded(raw):
+        raise UnsupportedLayerError(
+            f"{path}.{weight} is sharded, and FSDP2 would drop what is merged into it; save the adapter, load it on an "
+            "unsharded copy of the base, and merge there"
         )
     with torch.no_grad():
         value = compose(layer, weight, raw.detach(), steps, dropping=False, at_least=torch.float32)

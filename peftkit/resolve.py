@@ -5,7 +5,6 @@ method can adapt is an error, and so is a rule that earlier rules leave nothing 
 """
 
 import functools
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from peftkit.installed import Adapters, inner, record
 from peftkit.method import Method
 from peftkit.roles import find_roles
 from peftkit.selectors import Candidate, Selector, candidates, compile_selector, describe
+from peftkit.sharding import is_sharded
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +240,7 @@ def site_of(path: str, layer: nn.Module, weight: str) -> Site:
     name = f"{path}.{weight}" if path else weight
     if is_lazy(raw):
         raise UnsupportedLayerError(f"{name} has no shape yet (a lazy layer); run the model once before wrapping it")
-    if _is_sharded(raw):
+    if is_sharded(raw):
         raise UnsupportedLayerError(f"{name} is sharded already; wrap the model first, then call fully_shard")
     if not isinstance(raw, Tensor) or not raw.is_floating_point():
         raise UnsupportedLayerError(f"{name} is {getattr(raw, 'dtype', type(raw))}, not a floating point tensor")
@@ -287,18 +287,13 @@ def _fits(kind: Any, layer: nn.Module, weight: str) -> bool:
     raw = raw_parameter(layer, weight)
     if is_lazy(raw):
         return True  # site_of explains
-    return isinstance(raw, Tensor) and raw.is_floating_point() and raw.numel() == kind.stored_size(layer, weight)
+    elements = getattr(raw, "ds_numel", None) or (raw.numel() if isinstance(raw, Tensor) else 0)  # empty under ZeRO-3
+    return isinstance(raw, Tensor) and raw.is_floating_point() and elements == kind.stored_size(layer, weight)
 
 
 def is_lazy(raw: Any) -> bool:
     """Whether a parameter has no shape yet."""
     return isinstance(raw, UninitializedTensorMixin)
-
-
-def _is_sharded(raw: Any) -> bool:
-    """Whether it is a DTensor. Where that class was never imported, nothing can be one; importing it is slow."""
-    distributed = sys.modules.get("torch.distributed.tensor")
-    return distributed is not None and isinstance(raw, distributed.DTensor)
 
 
 def _parameters(module: nn.Module) -> list[tuple[str, nn.Parameter | None]]:

@@ -407,9 +407,6 @@ def test_what_fsdp_left_gathered_is_not_written_to(alone):
         torch.testing.assert_close(model(X), other(X))
 
 
-@pytest.mark.xfail(
-    reason="wrap asks the weights alone, and a gathered one is an ordinary parameter", raises=pytest.fail.Exception
-)
 def test_wrap_on_what_fsdp_left_gathered(alone):
     """It is refused as it is on a sharded weight."""
     model = fully_shard(Net(), mesh=alone)
@@ -419,9 +416,6 @@ def test_wrap_on_what_fsdp_left_gathered(alone):
         peftkit.wrap(model, "lora")
 
 
-@pytest.mark.xfail(
-    reason="set_trainable sets the flags of gathered parameters, which FSDP2 forgets", raises=AssertionError
-)
 def test_set_trainable_on_what_fsdp_left_gathered(alone):
     """What was frozen then gets no gradient in any later step."""
     model = fully_shard(net(names=("a", "b")), mesh=alone)
@@ -433,9 +427,6 @@ def test_set_trainable_on_what_fsdp_left_gathered(alone):
     assert {name.split(".adapters.")[1][0] for name, p in model.named_parameters() if p.grad is not None} == {"a"}
 
 
-@pytest.mark.xfail(
-    reason="FSDP2 keeps its own hold of the weights, so the merged ones are dropped", raises=AssertionError
-)
 def test_merge_after_fully_shard(alone):
     """It is refused, or it holds."""
     model = shard(stirred(net()), alone)

@@ -244,6 +244,18 @@ def test_a_fresh_start_after_to_empty(ordinary, assign):
     assert torch.equal(model(TOKENS), expected(TOKENS))
 
 
+def test_what_nobody_has_reset_is_not_a_number(ordinary):
+    """Memory without values is NaN in adapters, and so is the output: nobody trains from garbage unawares."""
+    rules, _, state = ordinary
+    model = on_meta(rules)
+    model.to_empty(device="cpu")
+    model.load_state_dict(state)
+    adapters = [p for name, p in model.named_parameters() if ".adapters." in name]
+    assert adapters
+    assert all(p.isnan().all() for p in adapters)
+    assert model(TOKENS).isnan().any()
+
+
 def test_without_values_nothing_is_computed(tmp_path):
     """On the meta device there is nothing to reset, nothing to save, and no output."""
     model = on_meta({("embed", "out"): peftkit.LoRA(rank=2)})

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from peftkit import products
+from peftkit import kernels, products
 from peftkit.layers.kind import LayerKind
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -87,7 +87,7 @@ class _Conv(LayerKind):
     ) -> Tensor:
         """The product is added into the layer's output; dropout keeps no copy of the input."""
         device = x.device.type
-        if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, w.dtype):
+        if kernels.is_autocast(device) and torch.float64 not in (x.dtype, w.dtype):
             dtype = torch.get_autocast_dtype(device)
             with torch.autocast(device, enabled=False):  # one cast of the input, for the base and for the product
                 return self.adapted(
