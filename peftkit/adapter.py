@@ -88,14 +88,14 @@ class Site:
     def matrix(self) -> Tensor:
         """The base weight as a matrix `[..., out, in]`, detached, in this site's dtype.
 
-        A copy where the dtypes differ, a view of the base otherwise: never write to it.
+        A copy where the dtypes differ or the base is quantised, a view of it otherwise: never write to it.
         """
         if self.kind is None:
             raise TypeError(f"{self.path or 'the model'} is adapted as a whole module; it has no matrix")
-        raw = getattr(self.layer, self.weight)
+        raw = self.kind.values(self.layer, self.weight, getattr(self.layer, self.weight).detach())
         if self.device.type == "meta":
             raw = torch.empty_like(raw, device="meta")
-        return self.kind.matrix(self.layer, self.weight, raw.detach()).to(device=self.device, dtype=self.dtype)
+        return self.kind.matrix(self.layer, self.weight, raw).to(device=self.device, dtype=self.dtype)
 
     def unfreeze(self) -> None:
         """Train the layer's own weight, in place."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peftkit import recipe
 from peftkit.adapter import Adapter, LowRank, Shared
-from peftkit.errors import StateError
+from peftkit.errors import StateError, UnsupportedLayerError
 from peftkit.kernels import no_autocast
 from peftkit.layers.kind import LayerKind
 
@@ -128,6 +128,10 @@ def adapted_parameter(layer: nn.Module, name: str, running: Running | Routing | 
     if not steps or (raw.is_meta and not _is_meta(steps[0][0])):
         return raw
     kind = state_of(layer).kinds[name]
+    if kind.fixed:
+        raise UnsupportedLayerError(
+            f"the {name} of a {base_class(layer).__name__} is read as a plain one: {kind.fixed}"
+        )
     make = functools.partial(compose, layer, name, raw, steps, dropping=True)
     if not recipe.wanted(raw.numel() * raw.element_size()) or any(_drops(adapter) for adapter, _ in steps):
         return make()  # what dropout draws could not be made again
@@ -190,6 +194,16 @@ def _steps(layer: nn.Module, name: str, groups: Iterable[Mapping[str, Any]]) -> 
             yield group[owner], "bias"
 
 
+def change(layer: nn.Module, name: str, running: Running) -> Tensor | None:
+    """What the running adapters add to the values of a parameter, in float32 or better; None where they add nothing."""
+    steps = list(_steps(layer, name, adapters_of(layer, running)))
+    if not steps:
+        return None
+    base = state_of(layer).kinds[name].values(layer, name, raw_parameter(layer, name))
+    base = base.detach().to(torch.promote_types(base.dtype, torch.float32))
+    return compose(layer, name, base, steps, dropping=True) - base
+
+
 def compose(
     layer: nn.Module,
     name: str,
@@ -203,6 +217,7 @@ def compose(
 ) -> Tensor:
     """`f2(f1(raw))` in the adapters' dtype (rule R6), cast once to the base's; autocast has no say inside."""
     kind = state_of(layer).kinds[name] if kind is None else kind
+    raw = kind.values(layer, name, raw)
     steps = list(steps)
     dtype = functools.reduce(torch.promote_types, [_dtype(a) or raw.dtype for a, _ in steps], raw.dtype)
     if at_least is not None:

@@ -185,6 +185,11 @@ def where_to_find(method: str) -> str:
     return f"{package} {version} is installed without it: pip install --upgrade {package}"
 
 
+def package_for(library: str) -> str | None:
+    """The package with the layer kinds for a library, if peftkit's extras have one of the library's name."""
+    return _package_of_extra(normalized(library))
+
+
 def _package_of_extra(extra: str) -> str | None:
     try:
         from packaging.requirements import Requirement

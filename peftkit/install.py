@@ -35,7 +35,7 @@ from peftkit.method import Method
 from peftkit.observing import observe
 from peftkit.plan import Rules, State, adapter_for, plan, shared_for, shared_states
 from peftkit.readers import find_readers
-from peftkit.resolve import kind_for, modules_of
+from peftkit.resolve import kind_for, kind_in, modules_of
 from peftkit.running import set_running
 from peftkit.selectors import Selector
 from peftkit.sharding import reshard
@@ -94,6 +94,11 @@ def wrap(
 def build(site: Site, method: Method, shared: Shared | None = None) -> Adapter | Activation | None:
     """One method's adapter for one site, in the layer's train or eval mode. On the meta device nothing is computed."""
     adapter: Any = adapter_for(site, method, shared)
+    if site.unfrozen and site.kind is not None and site.kind.quantised:
+        raise UnsupportedLayerError(
+            f"{site.name} is quantised, so it cannot be trained in place; train a copy of its values, "
+            f"Full(keep_base=True), or leave it out: exclude={site.path!r}"
+        )
     if adapter is None:
         return None
     if site.tied and method.scope == "parameters":
@@ -347,8 +352,8 @@ def _swap_for(
     if known and not any(name in active for active in own.found for name in changed):  # type: ignore[union-attr]
         return  # one more adapter of a weight that has some: nothing to tell the layer
     if own is None:
-        found = plugins.kind_of(type(layer))
-        own = Adapted(type(layer), _fast_kind(type(layer)), found[0].family if found else None, {}, {})
+        found = kind_in(layer)
+        own = Adapted(type(layer), _fast_kind(layer), found[0].family if found else None, {}, {})
     kinds, bias_of = dict(own.kinds), dict(own.bias_of)
     if weight not in (None, "module") and (weight not in kinds or weight in bias_of):
         kinds[weight] = kind_for(layer, weight)
@@ -374,10 +379,10 @@ def _each_once(*modules: nn.Module) -> tuple[nn.Module, ...]:
     return tuple({id(module): module for module in modules}.values())
 
 
-def _fast_kind(layer_class: Any) -> LayerKind | None:
-    """The kind whose fast path is right for a layer of this class: its forward must be the one that the kind knows."""
-    found: Any = plugins.kind_of(layer_class)
-    return found[0] if found and layer_class.forward is found[1].forward else None
+def _fast_kind(layer: nn.Module) -> LayerKind | None:
+    """The kind whose fast path is right for an unswapped layer: its forward must be the one that the kind knows."""
+    found: Any = kind_in(layer)
+    return found[0] if found and type(layer).forward is found[1].forward else None
 
 
 def _remove_from(layer: nn.Module, names: set[str], active: tuple[str, ...]) -> None:
@@ -402,7 +407,7 @@ def _readers(root: nn.Module, placements: Sequence[Placement]) -> list[tuple[nn.
     for placement in placements:
         if placement.adapter is None or placement.shared:
             continue
-        found = plugins.kind_of(base_class(placement.layer))
+        found = kind_in(placement.layer)
         bias = found[0].weights(placement.layer).get(placement.weight) if found else None
         names = adapted.setdefault(paths[id(placement.layer)], set())
         names.update((placement.weight, bias) if bias else (placement.weight,))

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from peftkit import plugins
-from peftkit.composition import base_class, raw_parameter
+from peftkit.composition import base_class, is_swapped, raw_parameter, state_of
 from peftkit.errors import FormatError
 from peftkit.installed import Placement
+from peftkit.resolve import kind_for
 
 FORMAT = 1
 """Version of the file format; a reader refuses a later one."""
@@ -106,7 +107,17 @@ def base_facts(layer: nn.Module, weight: str, raw: Tensor | None = None) -> Base
     if weight == "module":
         return BaseFacts(base_class(layer).__qualname__, [], None)
     raw = raw_parameter(layer, weight) if raw is None else raw
-    return BaseFacts(base_class(layer).__qualname__, list(raw.shape), raw)
+    name = base_class(layer).__qualname__
+    kind = (
+        state_of(layer).kinds[weight]
+        if is_swapped(layer) and weight in state_of(layer).kinds
+        else kind_for(layer, weight)
+    )
+    if not kind.quantised:
+        return BaseFacts(name, list(raw.shape), raw)
+    values = kind.values(layer, weight, raw.detach())
+    kept = values if values.is_meta or not values.numel() else _pick(values)  # the rest is freed
+    return BaseFacts(f"{name}[{type(raw).__name__}]", list(values.shape), kept)
 
 
 def samples(weights: Sequence[Tensor | None]) -> list[str | None]:

@@ -185,9 +185,12 @@ def _merged(path: str, layer: nn.Module, weight: str, steps: list[tuple[Adapter,
             f"{path}.{weight} is sharded, and FSDP2 would drop what is merged into it; save the adapter, load it on an "
             "unsharded copy of the base, and merge there"
         )
+    kind = state_of(layer).kinds[weight]
+    if kind.fixed:
+        raise UnsupportedLayerError(f"cannot merge into {path}.{weight}: {kind.fixed}")
     with torch.no_grad():
         value = compose(layer, weight, raw.detach(), steps, dropping=False, at_least=torch.float32)
-        return raw, torch.empty_like(raw).copy_(value)
+        return raw, torch.empty_like(value).copy_(value)
 
 
 def _refuse_tied(root: nn.Module, folded: list[tuple[nn.Module, str, nn.Parameter, Tensor]]) -> None:

@@ -101,6 +101,8 @@ def _ask_for_gradients(seen: Sequence[tuple[Site, Observer]], stack: ExitStack) 
         p = site.layer._parameters.get(site.weight)
         if p is None:
             raise UnsupportedLayerError(f"{site.name} is no parameter of its layer, so it has no gradient; exclude it")
+        if site.kind is not None and site.kind.quantised:
+            raise UnsupportedLayerError(f"{site.name} is quantised, so there is no gradient by it; exclude it")
         by_parameter.setdefault(id(p), (p, []))[1].append((site, observer))
     for p, asking in by_parameter.values():
         p.requires_grad_(True)

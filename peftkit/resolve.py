@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from peftkit import plugins
+from peftkit import discovery, plugins
 from peftkit.adapter import Site, adapter_dtype
 from peftkit.composition import base_class, raw_parameter
 from peftkit.errors import SelectorError, UnsupportedLayerError, nearest
 from peftkit.installed import Adapters, inner, record
+from peftkit.layers.kind import LayerKind
 from peftkit.method import Method
 from peftkit.roles import find_roles
 from peftkit.selectors import Candidate, Selector, candidates, compile_selector, describe
@@ -69,6 +71,7 @@ class Resolution:
         self.roles: Mapping[str, frozenset[str]] = known.roles if known else find_model_roles(model)
         self.candidates = candidates(self.modules)
         self.paths = {id(module): path for path, module in self.modules.items()}
+        self._left_out: set[tuple[int, str]] = set()
 
     def resolve(
         self, rules: Sequence[Rule], exclude: tuple[Selector, ...]
@@ -76,7 +79,7 @@ class Resolution:
         """Resolve the rules; the first that can adapt a weight has it. Returns sites in model order, and each
         selector's hits.
         """
-        excluded = self._excluded(exclude)
+        excluded = self._left_out = self._excluded(exclude)
         taken: dict[tuple[int, str], tuple[Site, Method]] = {}
         hits: list[Hits] = []
         for rule in rules:
@@ -108,7 +111,7 @@ class Resolution:
             yield id(module), "module"
             for name, _ in _parameters(module):
                 yield id(module), name
-            found = plugins.kind_of(base_class(module))
+            found = kind_in(module)
             if found:
                 # A parametrized weight is no parameter of its layer any more.
                 yield from ((id(module), w) for w in found[0].weights(module) if w not in module._parameters)
@@ -130,7 +133,7 @@ class Resolution:
                     keys.add((id(candidate.module), candidate.parameter))
                     continue
                 for module in candidate.module.modules():
-                    found = plugins.kind_of(base_class(module))
+                    found = kind_in(module)
                     names = {n for n, _ in _parameters(module)} | set(found[0].weights(module) if found else ())
                     keys |= {(id(module), name) for name in (*names, "module")}
         return keys
@@ -148,12 +151,16 @@ class Resolution:
     def _weights(self, candidate: Candidate, method: Method) -> Iterator[Site]:
         """The matrices of a layer that has a kind; or one parameter, chosen by its own path."""
         layer = candidate.module
-        found = plugins.kind_of(base_class(layer))
+        found = kind_in(layer)
         if candidate.parameter is None:
             if found is not None and method.matrices:
                 for weight in found[0].weights(layer):
                     if _fits(found[0], layer, weight):
                         yield self._site(layer, weight)
+                    elif is_foreign(layer, weight) and (id(layer), weight) not in self._left_out:
+                        raise UnsupportedLayerError(_foreign(self.paths[id(layer)], layer, weight))
+            return
+        if (id(layer), candidate.parameter) in self._left_out:
             return
         raw = raw_parameter(layer, candidate.parameter)
         is_weight = found is not None and candidate.parameter in found[0].weights(layer)
@@ -168,7 +175,9 @@ class Resolution:
             if id(module) not in self.paths:
                 continue
             for name, p in _parameters(module):
-                if p is None or not p.is_floating_point() or candidate.parameter not in (None, name):
+                if p is None or candidate.parameter not in (None, name):
+                    continue
+                if not kind_for(module, name).dtype(module, name, p).is_floating_point:
                     continue
                 if method.matrices if is_lazy(p) or p.dim() >= 2 else method.vectors:
                     yield self._site(*self._holders[id(p)][0])
@@ -242,16 +251,19 @@ def site_of(path: str, layer: nn.Module, weight: str) -> Site:
         raise UnsupportedLayerError(f"{name} has no shape yet (a lazy layer); run the model once before wrapping it")
     if is_sharded(raw):
         raise UnsupportedLayerError(f"{name} is sharded already; wrap the model first, then call fully_shard")
-    if not isinstance(raw, Tensor) or not raw.is_floating_point():
-        raise UnsupportedLayerError(f"{name} is {getattr(raw, 'dtype', type(raw))}, not a floating point tensor")
+    kind = kind_for(layer, weight)
+    if not kind.quantised and is_foreign(layer, weight):
+        raise UnsupportedLayerError(_foreign(path, layer, weight))
+    dtype = kind.dtype(layer, weight, raw) if isinstance(raw, Tensor) else None
+    if dtype is None or not dtype.is_floating_point:
+        raise UnsupportedLayerError(f"{name} is {dtype or type(raw)}, not a floating point tensor")
     if "adapters" in layer._modules and not isinstance(layer._modules["adapters"], Adapters):
         raise UnsupportedLayerError(f"{path or 'the model'} has a submodule called 'adapters' of its own; rename it")
-    kind = kind_for(layer, weight)
     device = raw.device
     if raw.is_meta and "_hf_hook" in layer.__dict__:
         # accelerate keeps an offloaded weight on meta and brings it to this device in a hook.
         device = torch.device(getattr(layer.__dict__["_hf_hook"], "execution_device", None) or device)
-    return Site(path, weight, layer, kind, kind.shape(layer, weight), adapter_dtype(raw.dtype), device)
+    return Site(path, weight, layer, kind, kind.shape(layer, weight), adapter_dtype(dtype), device)
 
 
 def module_site(path: str, module: nn.Module) -> Site:
@@ -263,7 +275,7 @@ def module_site(path: str, module: nn.Module) -> Site:
 def _features(module: nn.Module) -> int | None:
     """How many features the last layer within a module puts out, of those that have a kind; a norm counts as one."""
     for layer in reversed(list(modules_of(module).values())):
-        found = plugins.kind_of(base_class(layer))
+        found = kind_in(layer)
         features = (found[0] if found else plugins.parameter_kind).features(layer)
         if features is not None:
             return features
@@ -277,7 +289,7 @@ def find_model_roles(model: nn.Module) -> dict[str, frozenset[str]]:
 
 def kind_for(layer: nn.Module, weight: str) -> Any:
     """The kind that sees this parameter as a matrix: the layer's own, or the one for any parameter."""
-    found = plugins.kind_of(base_class(layer))
+    found = kind_in(layer)
     own = found is not None and weight in found[0].weights(layer) and _fits(found[0], layer, weight)
     return found[0] if found is not None and own else plugins.parameter_kind
 
@@ -285,10 +297,60 @@ def kind_for(layer: nn.Module, weight: str) -> Any:
 def _fits(kind: Any, layer: nn.Module, weight: str) -> bool:
     """Whether the tensor is what the kind takes it for; a packed 4-bit weight of a subclass is not."""
     raw = raw_parameter(layer, weight)
-    if is_lazy(raw):
+    if is_lazy(raw) or is_sharded(raw):
         return True  # site_of explains
-    elements = getattr(raw, "ds_numel", None) or (raw.numel() if isinstance(raw, Tensor) else 0)  # empty under ZeRO-3
-    return isinstance(raw, Tensor) and raw.is_floating_point() and elements == kind.stored_size(layer, weight)
+    return isinstance(raw, Tensor) and (kind.quantised or not _has_own_class(raw)) and kind.fits(layer, weight, raw)
+
+
+def kind_in(layer: nn.Module) -> tuple[LayerKind, type] | None:
+    """The kind that serves a layer, and the class of layers that it was written for; None if there is none.
+
+    Where a weight is a tensor of a class of its own, a kind for that class comes first, if it extends the layer's.
+    """
+    own = plugins.kind_of(base_class(layer))
+    for p in layer._parameters.values() if own else ():
+        found = plugins.kind_of(type(p)) if _has_own_class(p) else None  # type: ignore[arg-type]
+        if own and found and isinstance(found[0], type(own[0])):
+            return found[0], own[1]
+    return own
+
+
+def is_foreign(layer: nn.Module, weight: str) -> bool:
+    """Whether a weight is stored in a way that another library than torch knows; quantised, as a rule."""
+    raw = raw_parameter(layer, weight)
+    if _has_own_class(raw):
+        return not is_sharded(raw)
+    found = plugins.kind_of(base_class(layer))
+    if found is None or weight not in found[0].weights(layer) or not isinstance(raw, Tensor) or is_lazy(raw):
+        return False
+    return not raw.is_floating_point() and _library(layer, raw) != "torch"
+
+
+def _foreign(path: str, layer: nn.Module, weight: str) -> str:
+    raw = raw_parameter(layer, weight)
+    name = f"{path}.{weight}" if path else weight
+    owner, library = base_class(layer).__name__, _library(layer, raw)
+    how = f"a {type(raw).__name__}" if _has_own_class(raw) else f"of {raw.dtype}"
+    known = plugins.kind_of(type(raw)) if _has_own_class(raw) else None
+    package = discovery.package_for(library)
+    remedy = f"pip install {package}" if package else "install or write one"
+    if known:
+        remedy = f"{type(known[0]).__name__} is for other layers"
+    return (
+        f"{name} ({owner}) is {how}, stored as {library} alone can read it, and no layer kind for that is installed: "
+        f"{remedy}; or leave it out: exclude={path!r}"
+    )
+
+
+def _library(layer: nn.Module, raw: Any) -> str:
+    """The package whose layer or tensor this is."""
+    owner = type(raw) if _has_own_class(raw) else base_class(layer)
+    return owner.__module__.partition(".")[0]
+
+
+def _has_own_class(raw: Any) -> bool:
+    """Whether it is a tensor of a class that says itself what its operations do."""
+    return type(raw) not in (nn.Parameter, Tensor, type(None)) and is_traceable_wrapper_subclass(raw)
 
 
 def is_lazy(raw: Any) -> bool:
@@ -301,7 +363,7 @@ def _parameters(module: nn.Module) -> list[tuple[str, nn.Parameter | None]]:
 
 
 def _family(module: nn.Module) -> str | None:
-    found = plugins.kind_of(base_class(module))
+    found = kind_in(module)
     return found[0].family if found else None
 
 

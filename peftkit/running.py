@@ -26,6 +26,7 @@ from peftkit.composition import (
     Running,
     adapters_in,
     adapters_of,
+    change,
     raw_parameter,
     running_in,
     state_of,
@@ -211,6 +212,9 @@ def _run_weights(
         w = layer._parameters.get(running.fused)
         if w is not None and not w.requires_grad:
             return _run_fused(layer, running, w, args[0])
+    fast = state_of(layer).fast
+    if fast is not None and fast.quantised and known and len(args) + len(kwargs) == 1:
+        return _run_beside(layer, running, fast, *args, *kwargs.values())
     if torch.compiler.is_compiling():
         return forward(layer, *args, **kwargs)
     with open_frames((layer,), (running,)):
@@ -252,6 +256,29 @@ def _run_fused(layer: nn.Module, running: Running, w: Tensor, x: Any) -> Any:
     return y
 
 
+def _run_beside(layer: nn.Module, running: Running, kind: LayerKind, x: Tensor) -> Tensor:
+    """The output of a quantised layer as it is, plus what the change of its values adds.
+
+    The change has the size of the values, so it is not kept: backward computes it again.
+    """
+    ((weight, bias),) = kind.weights(layer).items()
+    y = kind.plain(layer, x, layer._parameters[weight], None if bias is None else raw_parameter(layer, bias))  # type: ignore[arg-type]
+
+    def beside(x: Tensor) -> Tensor:
+        w = change(layer, weight, running)
+        b = None if bias is None or raw_parameter(layer, bias) is None else change(layer, bias, running)
+        if w is None:
+            return x.new_zeros(()) if b is None else b.to(y.dtype)
+        return kind.plain(layer, x.to(y.dtype), w.to(y.dtype), None if b is None else b.to(y.dtype))
+
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        from torch.utils.checkpoint import checkpoint
+
+        added: Tensor = checkpoint(beside, x, use_reentrant=False)
+        return y + added
+    return y + beside(x)
+
+
 def _dropout(adapter: LowRank) -> float:
     return adapter.dropout if adapter.training else 0.0
 
@@ -280,5 +307,6 @@ def _gained(
     raw = w.detach()
     with no_autocast(raw.device.type):
         own = next(adapter.parameters()).dtype
-        gain = adapter("gain", kind.matrix(layer, weight, raw).to(torch.promote_types(raw.dtype, own)))
+        values = kind.values(layer, weight, raw)
+        gain = adapter("gain", kind.matrix(layer, weight, values).to(torch.promote_types(values.dtype, own)))
         return y if gain is None else kind.gained(layer, x, y, b, gain)

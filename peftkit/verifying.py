@@ -239,7 +239,8 @@ def _moves(name: str, placement: Placement, watch: _Watch) -> bool:
             continue
         if raw.is_meta:  # offloaded: its values are not at hand
             return True
-        w = raw.detach().to(torch.promote_types(raw.dtype, torch.float32))
+        w = state_of(layer).kinds[weight].values(layer, weight, raw.detach())
+        w = w.to(torch.promote_types(w.dtype, torch.float32))
         with torch.no_grad():
             if not torch.equal(compose(layer, weight, w, steps, dropping=False), w):
                 return True

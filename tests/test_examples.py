@@ -31,6 +31,10 @@ SHOWN = {
             "identical logits after loading: True",
         ),
     ),
+    "qlora.py": (
+        ("transformers", "bitsandbytes"),
+        ("packed base unchanged, to the bit: True", "identical logits after loading: True"),
+    ),
     "logistic_regression.py": ((), ("the base answers exactly as before: True",)),
     "trainer_minilm.py": (
         ("transformers", "accelerate"),

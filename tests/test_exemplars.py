@@ -16,8 +16,14 @@ PROJECTS = {path.parent.name: tomllib.loads(path.read_text()) for path in REPOSI
 METHODS = {
     method: package
     for package, project in PROJECTS.items()
-    for method in project["project"]["entry-points"]["peftkit.methods"]
+    for method in project["project"]["entry-points"].get("peftkit.methods", {})
 }
+LIBRARIES = {
+    layer.partition(".")[0]: package
+    for package, project in PROJECTS.items()
+    for layer in project["project"]["entry-points"].get("peftkit.layers", {})
+}
+"""Whose layers, or whose tensors, a package has kinds for."""
 
 WRAP = """
 import sys, torch, peftkit
@@ -49,13 +55,13 @@ def without_plugins(tmp_path_factory):
     return folder
 
 
-def test_there_are_eight_and_each_is_known_by_an_extra():
-    """`pip install 'peftkit[dora]'` brings the package that offers dora: for every method, and for no other name."""
+def test_there_are_ten_and_each_is_known_by_an_extra():
+    """`pip install 'peftkit[dora]'` brings the package that offers dora: for every method and every library, and for no other name."""
     extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     known = {name: requires for name, requires in extras.items() if any(r.startswith("peftkit-") for r in requires)}
 
-    assert len(PROJECTS) == 8
-    assert known == {method.replace("_", "-"): [package] for method, package in METHODS.items()}
+    assert len(PROJECTS) == 10
+    assert known == {name.replace("_", "-"): [package] for name, package in (METHODS | LIBRARIES).items()}
 
 
 def test_every_method_is_installed_and_is_what_it_says():
@@ -98,22 +104,24 @@ def test_pip_install_makes_the_method_work(without_plugins, tmp_path):
 
 @pytest.mark.parametrize("package", PROJECTS)
 def test_a_plugin_imports_peftkit_and_torch_alone(package):
-    """A plugin stands on the public package: nothing of the core's inside is imported, but a method to build on."""
+    """A plugin stands on the public package and its own dependencies: of the core it imports at most a method or a kind to build on."""
+    needs = {re.match(r"[\w-]+", each)[0] for each in PROJECTS[package]["project"]["dependencies"]}
     sources = list((REPOSITORY / "plugins" / package).glob("peftkit_*/*.py"))
     assert sources
     for source in sources:
         imports = re.findall(r"^\s*(?:from|import) ([\w.]+)", source.read_text(), flags=re.MULTILINE)
         for name in imports:
             top = name.split(".")[0]
-            assert top in {"torch", "peftkit", source.parent.name} | set(sys.stdlib_module_names), (source, name)
-            assert top != "peftkit" or name in ("peftkit", "peftkit.errors") or name.startswith("peftkit.methods."), (
-                name
-            )
+            assert top in {"torch", source.parent.name} | needs | set(sys.stdlib_module_names), (source, name)
+            public = name in ("peftkit", "peftkit.errors", "peftkit.layers") or name.startswith("peftkit.methods.")
+            assert top != "peftkit" or public, name
 
 
 @pytest.mark.parametrize("package", PROJECTS)
 def test_the_example_in_its_readme_runs(package, tmp_path, monkeypatch):
     """The Python blocks of a plugin's README run, top to bottom, with the package installed."""
+    for each in PROJECTS[package]["project"]["dependencies"]:
+        pytest.importorskip(re.match(r"[\w-]+", each)[0])
     monkeypatch.chdir(tmp_path)
     readme = (REPOSITORY / "plugins" / package / "README.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)

@@ -100,7 +100,7 @@ def test_the_core_names_no_method():
     names = [info.name for info in peftkit.methods() if info.package == "peftkit"]
     assert names
     for project in REPOSITORY.glob("plugins/*/pyproject.toml"):
-        names += tomllib.loads(project.read_text())["project"]["entry-points"]["peftkit.methods"]
+        names += tomllib.loads(project.read_text())["project"]["entry-points"].get("peftkit.methods", {})
     for module in modules():
         if module.startswith("methods"):
             continue

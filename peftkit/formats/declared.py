@@ -189,7 +189,7 @@ def _plain(value: Any) -> Any:
 
 def refuse_site(hf: HuggingFace, site: Site) -> str | None:
     """Why HF PEFT cannot adapt this weight by this method; None where it can."""
-    kind, layer = type(site.kind).__name__, site.layer
+    kind, layer = getattr(site.kind, "label", ""), site.layer
     conv = layer if hf.own_convolution and isinstance(layer, _ConvNd) else None
     reasons = {
         f"HF PEFT has {hf.peft_type} for {', '.join(hf.kinds)} and not for {kind}": hf.kinds and kind not in hf.kinds,

@@ -127,7 +127,7 @@ def _kernel(site: Site) -> tuple[int, ...] | None:
 
 def _misfit(site: Site, form: Format) -> str | None:
     """Why the format cannot have this site; None where it can."""
-    kind, layer = type(site.kind).__name__, site.layer
+    kind, layer = getattr(site.kind, "label", ""), site.layer
     if kind not in form.kinds:
         return f"{form.label} have adapters of {', '.join(sorted(form.kinds))}, and this is of {kind}"
     if isinstance(layer, NonDynamicallyQuantizableLinear):

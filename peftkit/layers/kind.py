@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from peftkit import products
@@ -41,6 +42,14 @@ class LayerKind(ABC):
     lists: ClassVar[Mapping[str, str]] = {}
     """Attributes in which the layer holds its weights once more, as a list; each with the attribute of their names."""
 
+    quantised: ClassVar[bool] = False
+    """Whether the layer stores something else than its weight's values, which `values` reads. Nothing then takes the
+    weight's place: `plain` runs the layer as it is, and what adapters change is added to its output.
+    """
+
+    fixed: ClassVar[str] = ""
+    """Of a quantised kind whose layers can hold no plain weight: why, and what to do where one is needed."""
+
     @abstractmethod
     def weights(self, layer: Any) -> Mapping[str, str | None]:
         """Names of the weights that can be adapted, each with the name of the bias that it goes with, or None."""
@@ -52,6 +61,24 @@ class LayerKind(ABC):
     def stored_size(self, layer: Any, weight: str) -> int | None:
         """How many elements `weight` must hold; another number (a packed 4-bit weight, say) means another kind."""
         return math.prod(self.shape(layer, weight))
+
+    @property
+    def label(self) -> str:
+        """What files and declarations call the kind: a quantised one goes by the name of the one that it extends."""
+        return next(each.__name__ for each in type(self).__mro__ if not getattr(each, "quantised", False))
+
+    def fits(self, layer: Any, weight: str, raw: Tensor) -> bool:
+        """Whether `raw`, which the layer holds, is what the kind takes it for."""
+        elements = getattr(raw, "ds_numel", None) or raw.numel()  # it is empty under ZeRO-3
+        return raw.is_floating_point() and elements == self.stored_size(layer, weight)
+
+    def dtype(self, layer: Any, weight: str, raw: Tensor) -> torch.dtype:
+        """The dtype of `values`, without computing them."""
+        return raw.dtype
+
+    def values(self, layer: Any, weight: str, raw: Tensor) -> Tensor:
+        """The numbers that `raw` stands for, as an unquantised layer would store them; plain ones as they are."""
+        return raw
 
     def matrix(self, layer: Any, weight: str, w: Tensor) -> Tensor:
         """View `w`, as the layer stores it, as a matrix `[..., out, in]`."""

@@ -234,7 +234,7 @@ def _declined(method: peftkit.Method, case: Case) -> bool:
     if not method.declines:
         return False
     sites = sites_of(method, case)
-    kinds = {type(site.layer if site.kind is None else site.kind).__name__ for site in sites}
+    kinds = {type(site.layer).__name__ if site.kind is None else site.kind.label for site in sites}
     return any(kind in method.declines for kind in kinds)
 
 

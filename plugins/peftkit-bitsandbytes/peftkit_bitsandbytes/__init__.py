@@ -1,0 +1,1 @@
+"""Quantised layers of bitsandbytes for peftkit; see `peftkit_bitsandbytes.layers`."""

@@ -1,0 +1,1 @@
+"""Weights quantised by torchao for peftkit; see `peftkit_torchao.layers`."""
