@@ -10,6 +10,7 @@ rounding of its arithmetic, and the times are this machine's own.
 """
 
 import json
+import logging
 import math
 import os
 import random
@@ -35,6 +36,10 @@ from torch import nn
 
 import peftkit
 from peftkit.workloads import assets
+
+# transformers imports torchao where that is installed, and torchao says at length what it lacks on this machine.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 SEED = 0
 TRAIN, TEST = 1_600, 3_000  # sentences
