@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils import checkpoint
 
-from peftkit.composition import Running
+from peftkit.composition import Routing
 from peftkit.errors import StateError
 
 _REENTRANT = (checkpoint.CheckpointFunction.forward.__code__, checkpoint.CheckpointFunction.backward.__code__)
@@ -55,8 +55,9 @@ def _note_cut_off(running: Any) -> None:
     """With reentry a checkpoint none of whose inputs requires a gradient gives none to what is inside. That is no fault
     where none is wanted, which cannot be seen here; so the next optimizer step looks.
     """
-    for group in (*running.groups, *running.outer) if isinstance(running, Running) else ():
-        _cut_off.update((id(p), weakref.ref(p)) for p in group.parameters() if p.requires_grad)
+    for each in running.running.values() if isinstance(running, Routing) else (running,):
+        for group in () if each is None else (*each.groups, *each.outer):
+            _cut_off.update((id(p), weakref.ref(p)) for p in group.parameters() if p.requires_grad)
     if _cut_off and not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_refuse_what_was_cut_off))
 

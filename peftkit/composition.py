@@ -76,6 +76,9 @@ class Running(NamedTuple):
 class Routing(ABC):
     """Stands where a layer's running adapters stand, while these differ from sample to sample (`peftkit.routing`)."""
 
+    running: Mapping[str | None, Running | None]
+    """For each adapter that samples may have, what runs in the layer for them."""
+
     @abstractmethod
     def run(self, layer: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer's output; `call(running, args, kwargs)` runs some rows with some adapters."""

@@ -19,6 +19,7 @@ from peftkit.errors import StateError, UnknownAdapterError, did_you_mean
 from peftkit.method import Method
 
 _INSTALLED = "_peftkit_installed"
+_MERGED = "peftkit_merged."
 T = TypeVar("T")
 
 
@@ -175,6 +176,13 @@ def _check_state(
     known: Installed | None = root.__dict__.get(_INSTALLED)
     if known is None:
         return
+    twice = [key.removeprefix(prefix + _MERGED) for key in state if key.startswith(prefix + _MERGED)]
+    if twice:
+        raise StateError(
+            f"this checkpoint was written while {', '.join(map(repr, twice))} was merged: its weights contain what the "
+            "adapter does, and would get it twice here. Load it into the model unwrapped, or call peftkit.unmerge "
+            "before state_dict"
+        )
     if known.merged:
         raise StateError(
             f"cannot load a checkpoint while {', '.join(map(repr, known.merged))} is merged, "
@@ -184,6 +192,12 @@ def _check_state(
     absent = [key for key in keys if key not in state]
     if len(absent) < len(keys):
         missing.extend(absent)
+
+
+def _mark_merged(root: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """A state that was taken while adapters are merged says so, or a wrapped model would apply them twice."""
+    for name in root.__dict__[_INSTALLED].merged:
+        state[prefix + _MERGED + name] = torch.tensor(True)
 
 
 def _keys(known: Installed, name: str) -> list[str]:
@@ -246,14 +260,15 @@ def unmerged(model: nn.Module, action: str) -> Installed:
 def write_record(model: nn.Module, new: Installed | None) -> None:
     """Replace the record, or remove it."""
     root = inner(model)
-    hooks = root._load_state_dict_pre_hooks
     if new is None:
         root.__dict__.pop(_INSTALLED, None)
-        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _check_state]:
-            del hooks[key]
+        for hooks, ours in ((root._load_state_dict_pre_hooks, _check_state), (root._state_dict_hooks, _mark_merged)):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is ours]:
+                del hooks[key]
         return
     if _INSTALLED not in root.__dict__:
         root.register_load_state_dict_pre_hook(_check_state)  # type: ignore[no-untyped-call]
+        root._register_state_dict_hook(_mark_merged)  # type: ignore[no-untyped-call]
     root.__dict__[_INSTALLED] = new
 
 
@@ -306,7 +321,7 @@ class in_bulk(ContextDecorator):  # noqa: N801 - reads as the decorator that it 
 class _Snapshot:
     """A module's class and attributes, with the dictionaries in which it registers things."""
 
-    _REGISTERS = ("_parameters", "_buffers", "_modules", "_load_state_dict_pre_hooks")
+    _REGISTERS = ("_parameters", "_buffers", "_modules", "_load_state_dict_pre_hooks", "_state_dict_hooks")
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.cls, self.attributes = module, type(module), dict(module.__dict__)

@@ -136,7 +136,6 @@ class _LayerRouting(Routing):
     path: str
     batch: _Batch
     running: Mapping[str | None, Running | None]
-    """For each name, what runs in this layer for its samples."""
     alike: bool
     """Whether that is the same for every sample."""
     grouped: Grouped | None

@@ -21,8 +21,8 @@ import peftkit
 HERE = str(Path(peftkit.__file__).parent)
 
 
-class Planted(BaseException):
-    """Like KeyboardInterrupt, no Exception: nothing may swallow it."""
+class Planted(KeyboardInterrupt):
+    """No Exception: nothing may swallow it."""
 
 
 class Reader(nn.Module):
@@ -115,10 +115,15 @@ def idle():
     return model
 
 
+def hooks_of(module):
+    """What torch calls at a forward, a backward, and when a state is taken or loaded."""
+    return [module.__dict__[name] for name in sorted(module.__dict__) if name.endswith("_hooks")]
+
+
 def state_of(model):
     """Everything that an operation could change: classes, attributes, registers, flags, identities and values."""
     modules = [
-        (path, type(m), m.training, list(m._modules), list(m._parameters), sorted(m.__dict__))
+        (path, type(m), m.training, list(m._modules), list(m._parameters), sorted(m.__dict__), *map(list, hooks_of(m)))
         for path, m in model.named_modules()
     ]
     own = [

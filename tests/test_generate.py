@@ -249,6 +249,22 @@ def test_reentrant_checkpoint_that_drops_gradients(method):
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_reentrant_checkpoint_that_drops_gradients_of_a_routed_batch():
+    """So too where each sample has an adapter of its own."""
+    model, x = Blocks(), torch.randn(4, 8)
+    for name in ("a", "b"):
+        peftkit.wrap(model, peftkit.LoRA(rank=2), targets="**", name=name)
+    peftkit.set_trainable(model, "a", "b")
+    model.reentrant = True
+    optimizer = torch.optim.AdamW(peftkit.param_groups(model, lr=0.1))
+    with peftkit.routed(model, ["a", "b", "a", "b"]):
+        found = gradients(model, x)
+    assert all((gradient is not None) == path.startswith("head.") for path, gradient in found.items())
+    with pytest.raises(peftkit.errors.StateError, match="use_reentrant=False"):
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_reentrant_checkpoint_without_gradients_wanted():
     """A run in training mode under `no_grad` is no reason for that error: the step after a proper backward goes through."""
     model, x = adapted_blocks(METHODS["fast path"]), torch.randn(4, 8, requires_grad=True)
@@ -366,14 +382,21 @@ def test_save_unmerged(name, tied, tmp_path):
 @every_model
 def test_save_while_merged(name, tmp_path):
     """save_pretrained while merged, the originals kept, writes the merged weights: plain transformers computes the same
-    with them, and names every adapter tensor as unexpected.
+    with them, and names every adapter tensor as unexpected. A wrapped model does not take them.
     """
     model = stir(peftkit.wrap(from_folder(name, tmp_path, tied=False), "lora", rank=2))
     peftkit.merge(model)
     model.save_pretrained(tmp_path / "merged")
     loaded, said = reloaded(tmp_path / "merged", type(model))
-    assert said == NO_COMPLAINT | {"unexpected_keys": {key for key in model.state_dict() if ".adapters." in key}}
+    state = model.state_dict()
+    ours = {key for key in state if ".adapters." in key} | {"peftkit_merged.default"}
+    assert said == NO_COMPLAINT | {"unexpected_keys": ours}
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-10)
+    again = peftkit.wrap(base(name, tie_word_embeddings=False), "lora", rank=2)
+    before = logits(again)
+    with pytest.raises(peftkit.errors.StateError, match="written while 'default' was merged"):
+        again.load_state_dict(state, strict=False)
+    assert torch.equal(logits(again), before)
 
 
 def test_what_is_left_out_is_reported(tmp_path):

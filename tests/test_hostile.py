@@ -386,9 +386,9 @@ def test_hostile_loads_do_nothing_but_read(valid, part, audit, quick):
 
 
 def test_every_bit_and_every_length_of_a_small_file(quick):
-    """Of a file of some 4 KB: each single bit flipped and each truncation is refused, and the model stays as it was."""
-    small = Valid(quick, RULES)
-    assert 2000 < len(small.bytes) < 5000
+    """Of a file of 4 KB: each single bit flipped and each truncation is refused, and the model stays as it was."""
+    small = Valid(quick, {**RULES, "3": peftkit.LoRA(rank=24)})
+    assert 4000 < len(small.bytes) < 5000
     stranger = Stranger(quick)
     harmless = []
     for length in range(len(small.bytes)):
