@@ -330,6 +330,7 @@ def test_gpu_rows_run(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # torch, of what its dynamo does
 def test_compiled_gpu_rows_run(tmp_path):
     """The same for the compiled rows, with a compiler that only traces."""
     torch.compiler.reset()
