@@ -26,19 +26,21 @@ RULES = {
     "lm_head": peftkit.LoRA(rank=2, alpha=5.0),
     "embed_tokens": peftkit.LoRA(rank=2, alpha=5.0),
 }
+PACKED = {"{qkv,o}_proj": RULES["{q,k,v,o}_proj"], "{gate_up,down}_proj": RULES["{up,down,gate}_proj"]}
+HEADLESS = {s: method for s, method in RULES.items() if s != "lm_head"}  # llama.cpp has none: it is the embedding
+KINDS = {
+    "llama": RULES, "mistral": RULES, "qwen2": RULES, "qwen3": RULES, "gemma": HEADLESS, "gemma2": HEADLESS, "phi3": PACKED,
+}  # fmt: skip
 
 
 def base_of(kind="llama", **more):
     torch.manual_seed(0)
-    config, model = {
-        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-    }[kind]
-    return model(config(**{**SIZES, **more})).eval()
+    config = transformers.AutoConfig.for_model(kind, **{**SIZES, "head_dim": 4, **more})
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 def adapted(kind="llama", rules=None):
-    model = peftkit.wrap(base_of(kind), rules or RULES)
+    model = peftkit.wrap(base_of(kind), rules or KINDS[kind])
     torch.manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -63,12 +65,13 @@ def path(tmp_path):
     return tmp_path / "adapter.gguf"
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_saved_is_loaded_as_the_same_adapter(kind, tmp_path):
     """Alphas, ranks, an embedding and a head; the rows come back in the model's own order."""
     model = adapted(kind)
     peftkit.save(model, tmp_path / "file", format="gguf")
     close(run(peftkit.load(base_of(kind), tmp_path / "file")), run(model))
+    assert not torch.allclose(run(base_of(kind)), run(model))
 
 
 def test_the_fields_are_those_that_llama_cpp_demands(path):

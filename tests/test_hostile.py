@@ -549,7 +549,7 @@ def test_a_pickle_is_never_read(tmp_path):
 
 # ------------------------------------------------------------------------------------- folders and other formats
 
-FORMATS = {"hf": 4000, "kohya": 2000, "diffusers": 2000, "loralib": 2000, "mlx": 2000}
+FORMATS = {"hf": 2000, "kohya": 2000, "diffusers": 2000, "loralib": 2000, "mlx": 2000}
 
 
 class Attacked:
