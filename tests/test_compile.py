@@ -110,7 +110,9 @@ def test_a_model_is_one_graph_that_trains_and_infers_as_it_does_uncompiled(name,
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch, of its own code
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
+)  # torch, of its own code
 def test_inductor_computes_the_same():
     """With the default backend, forward and backward are those of the uncompiled model to single precision."""
     tokens = torch.randint(32, (2, 6), generator=torch.Generator().manual_seed(0))

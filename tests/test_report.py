@@ -6,12 +6,13 @@ import re
 import statistics
 import sys
 from html import unescape
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from bench_documents import ODD, failed_cell, make_cell, make_document
-from peftkit import writing
+from peftkit import plugins, writing
 from peftkit.bench import report
 from peftkit.bench.document import needed, read, validate, write
 from peftkit.bench.report import ties, view, words
@@ -144,12 +145,16 @@ def test_of_a_loss_less_is_better():
 
 
 def test_times_are_told_apart_by_their_intervals():
-    """A ratio clear of 1 separates, one around 1 does not, and neither do five samples."""
+    """A ratio clear of 1 separates, one around 1 does not; five samples do if none is among the others, three never among
+    three.
+    """
     draw = random.Random(0)
     samples = {name: [ratio * draw.gauss(1, 0.02) for _ in range(count)] for name, ratio, count in (
-        ("fast", 0.6, 20), ("too", 0.601, 20), ("slow", 0.7, 20), ("few", 0.1, 5))}  # fmt: skip
+        ("fast", 0.6, 20), ("too", 0.601, 20), ("slow", 0.7, 20), ("few", 0.1, 5), ("three", 0.1, 3), ("other", 0.9, 3))}  # fmt: skip
+    samples["among"] = [0.1] * 4 + [samples["slow"][0]]
     sign = ties.times(samples)
-    assert (sign("fast", "too"), sign("fast", "slow"), sign("slow", "too"), sign("few", "slow")) == (0, 1, -1, 0)
+    assert (sign("fast", "too"), sign("fast", "slow"), sign("slow", "too")) == (0, 1, -1)
+    assert (sign("few", "slow"), sign("slow", "few"), sign("among", "slow"), sign("three", "other")) == (1, -1, 0, 0)
 
 
 def test_being_tied_is_not_passed_on():
@@ -290,3 +295,29 @@ def test_markdown_tables_have_their_columns():
         assert set(widths) == set(tables)
         assert len(tables) == 1 + 2 * len(document["workloads"])
         assert "<img" not in "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------- the one in the repository
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("methods-*.json")), ids=lambda p: p.stem)
+def test_the_committed_report_is_whole(path):
+    """It compares every method of this repository on three models and more, and the page beside it was made of it."""
+    document = read(path)
+    assert report.markdown(document) == path.with_suffix(".md").read_text()
+    ours = {folder.name for folder in (ROOT / "plugins").iterdir()} | {"peftkit"}
+    methods = {info.name for info in plugins.methods() if info.package in ours}
+    learned = 0
+    for workload in document["workloads"]:
+        cells = [cell for cell in document["cells"] if cell["workload"] == workload["name"]]
+        assert {cell["method"] for cell in cells} == methods
+        assert {cell["status"] for cell in cells} <= {"ok", "not applicable"}
+        learned += all(cell["quality"] for cell in cells if cell["status"] == "ok")
+    assert learned >= 3
+
+
+def test_there_is_a_committed_report():
+    """The test above has something to look at."""
+    assert list((ROOT / "benchmarks" / "results").glob("methods-*.json"))
