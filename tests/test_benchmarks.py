@@ -322,6 +322,7 @@ def _run_small(row, folder):
     assert losses == pytest.approx([losses[0]] * len(losses), rel=2e-2)
 
 
+@pytest.mark.slow
 def test_gpu_rows_run(tmp_path):
     """The GPU's rows, small and on the CPU: every side trains, from the same loss."""
     for row in rows.gpu_rows(TINY, "cpu", "eager"):

@@ -364,7 +364,7 @@ def test_the_audit_sees_what_it_is_to_see(audit, tmp_path):
     assert not audit
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 2, 3))])
+@pytest.mark.parametrize("part", [pytest.param(part, marks=pytest.mark.slow if part else ()) for part in range(PARTS)])
 def test_hostile_loads_do_nothing_but_read(valid, part, audit, quick):
     """A hundred thousand loads of mutated files: no import, exec, socket or write, one tree of errors, the model as it was."""
     stranger = Stranger(quick)
@@ -378,11 +378,11 @@ def test_hostile_loads_do_nothing_but_read(valid, part, audit, quick):
     # Most mutations end in the reader, which the test above has; here those come more often that get further.
     deep = [_other_manifest] * 6 + [_other_values, _other_tensors, _other_head, _flipped]
     accepted = 0
-    for seed in range(part * LOADS // 4, (part + 1) * LOADS // 4):
+    for seed in range(part * LOADS // PARTS, (part + 1) * LOADS // PARTS):
         chance = random.Random(seed)
         accepted += stranger.load(chance.choice(deep)(valid, chance), f"seed {seed}")
         assert not audit, f"seed {seed}: {audit[:5]}"
-    assert accepted > 0.001 * LOADS / 4
+    assert accepted > 0.001 * LOADS / PARTS
 
 
 def test_every_bit_and_every_length_of_a_small_file(quick):
@@ -549,7 +549,7 @@ def test_a_pickle_is_never_read(tmp_path):
 
 # ------------------------------------------------------------------------------------- folders and other formats
 
-FORMATS = {"hf": 2000, "kohya": 2000, "diffusers": 2000, "loralib": 2000, "mlx": 2000}
+FORMATS = {"hf": 1500, "kohya": 1000, "diffusers": 1000, "loralib": 1000, "mlx": 1000}
 
 
 class Attacked:
